@@ -1,0 +1,234 @@
+"""The table of cells behind every data set: checked columns, split labels, chosen genes."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from ..errors import DataError
+
+log = logging.getLogger(__name__)
+
+Parts = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which columns of ``obs`` say what a cell is.
+
+    Attributes
+    ----------
+    perturbation
+        Column of perturbation labels.
+    covariates
+        Columns of covariates.
+    delimiter
+        What joins the perturbations of a combination; ``None`` when no label is a combination.
+    control
+        Label of unperturbed cells.
+    embedding
+        Key of ``obsm`` with cell embeddings, or ``None``.
+    """
+
+    perturbation: str
+    covariates: tuple[str, ...] = ()
+    delimiter: str | None = "+"
+    control: str = "control"
+    embedding: str | None = None
+
+
+def split_label(label: str, keys: Keys) -> Parts:
+    """Perturbations in a label, none for control cells; a part that is the control's name is left out."""
+    if label == keys.control:
+        return ()
+    parts = label.split(keys.delimiter) if keys.delimiter else [label]
+    return tuple(part for part in parts if part != keys.control)
+
+
+def require_columns(obs: pd.DataFrame, columns: Sequence[str], what: str = "obs") -> None:
+    """Raise `DataError` that names the columns that ``obs`` lacks and those that it has."""
+    missing = [column for column in columns if column not in obs]
+    if missing:
+        raise DataError(
+            f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(str, obs.columns))}"
+        )
+
+
+class CellTable:
+    """Cells of an AnnData with their labels parsed once.
+
+    Parameters
+    ----------
+    adata
+        Cells, in memory or backed.
+    keys
+        The columns that say what a cell is.
+    features
+        Names of the genes to keep, in that order; ``None`` keeps all in file order.
+    perturbation_embeddings
+        Table with a row a perturbation; cells whose parts lack a row are dropped with a warning.
+
+    Attributes
+    ----------
+    rows
+        Positions of the kept cells in ``adata``, shape (n,).
+    labels, parts
+        Perturbation label and its parts, of the kept cells.
+    covariates
+        Values by covariate name, of the kept cells.
+
+    Raises
+    ------
+    DataError
+        If a column, a gene or the embedding is missing, or no cell is left.
+    """
+
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        keys: Keys,
+        features: Sequence[str] | None = None,
+        perturbation_embeddings: pd.DataFrame | None = None,
+    ):
+        require_columns(adata.obs, [keys.perturbation, *keys.covariates])
+        if keys.embedding is not None and keys.embedding not in adata.obsm:
+            raise DataError(f"obsm has no {keys.embedding!r}; it has {', '.join(adata.obsm) or 'nothing'}")
+        self.adata, self.keys = adata, keys
+        self.gene_names, self._columns = self._genes(features)
+        parsed = {label: split_label(str(label), keys) for label in pd.unique(adata.obs[keys.perturbation])}
+        rows = np.arange(adata.n_obs)
+        if perturbation_embeddings is not None:
+            rows = rows[self._with_embedding(parsed, perturbation_embeddings)]
+        if not len(rows):
+            raise DataError("no cell is left in this part of the data")
+        self.rows = rows
+        obs = adata.obs.iloc[rows]
+        self.names = obs.index.astype(str).tolist()
+        self.labels = obs[keys.perturbation].astype(str).tolist()
+        self.parts: list[Parts] = [parsed[label] for label in obs[keys.perturbation]]
+        self.covariates: dict[str, np.ndarray] = {name: covariate_values(obs[name]) for name in keys.covariates}
+
+    def _genes(self, features: Sequence[str] | None) -> tuple[list[str], np.ndarray | None]:
+        names = self.adata.var_names
+        if features is None or list(features) == names.tolist():
+            return names.tolist(), None
+        columns = names.get_indexer(list(features)) if names.is_unique else None
+        if columns is None:
+            raise DataError("gene names are not unique; make them so, for example with adata.var_names_make_unique()")
+        missing = [gene for gene, column in zip(features, columns, strict=True) if column < 0]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(columns)} genes are missing from the data, "
+                f"among them {', '.join(missing[:5])}; give cells measured on these genes"
+            )
+        return list(features), columns
+
+    def _with_embedding(self, parsed: Mapping[Any, Parts], embeddings: pd.DataFrame) -> np.ndarray:
+        lacking = {part for parts in parsed.values() for part in parts if part not in embeddings.index}
+        keep = np.array(
+            [lacking.isdisjoint(parsed[label]) for label in self.adata.obs[self.keys.perturbation]], dtype=bool
+        )
+        if lacking:
+            log.warning(
+                "%d cells are dropped: their perturbations have no row in the perturbation embeddings (%s)",
+                int((~keep).sum()),
+                ", ".join(sorted(lacking)[:10]),
+            )
+        return keep
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def expression(self, cells: Sequence[int] | np.ndarray):
+        """Expression of kept cells by position, (B, G), as the file holds it (sparse or dense)."""
+        return self._take(self.adata.X, cells)
+
+    def embedding(self, cells: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """Embedding of kept cells by position, (B, E), or ``None``."""
+        if self.keys.embedding is None:
+            return None
+        return np.asarray(self.adata.obsm[self.keys.embedding][self.rows[np.asarray(cells)]])
+
+    def _take(self, matrix, cells):
+        rows = self.rows[np.asarray(cells, dtype=np.int64)]
+        if self.adata.isbacked:
+            # HDF5 wants increasing, unrepeated rows.
+            unique, inverse = np.unique(rows, return_inverse=True)
+            taken = matrix[unique][inverse]
+        else:
+            taken = matrix[rows]
+        return taken if self._columns is None else taken[:, self._columns]
+
+    def groups(self) -> dict[tuple, np.ndarray]:
+        """Positions of the kept cells of each group of categorical covariates, by the tuple of values."""
+        names = self.categorical
+        keys = list(zip(*(self.covariates[name] for name in names), strict=True)) if names else [()] * len(self)
+        groups: dict[tuple, list[int]] = {}
+        for cell, key in enumerate(keys):
+            groups.setdefault(key, []).append(cell)
+        return {key: np.array(cells) for key, cells in groups.items()}
+
+    @property
+    def categorical(self) -> list[str]:
+        """Names of the covariates that are not numbers."""
+        return [name for name, values in self.covariates.items() if not is_continuous(values)]
+
+    @property
+    def is_control(self) -> np.ndarray:
+        """Whether each kept cell is a control cell, shape (n,)."""
+        return np.array([not parts for parts in self.parts])
+
+
+def covariate_values(column: pd.Series) -> np.ndarray:
+    """Values of a covariate column: floats of a numeric one, text of any other."""
+    if isinstance(column.dtype, pd.CategoricalDtype) or is_bool_dtype(column) or not is_numeric_dtype(column):
+        return column.astype(str).to_numpy(dtype=object)
+    return column.to_numpy(dtype=np.float32)
+
+
+def is_continuous(values: np.ndarray) -> bool:
+    """Whether covariate values are numbers rather than categories."""
+    return values.dtype.kind == "f"
+
+
+def read_features(path: str | Path) -> list[str]:
+    """Gene names of a headerless CSV, in file order.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or empty.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"there is no gene list {path}")
+    names = pd.read_csv(path, header=None, dtype=str)[0].dropna().tolist()
+    if not names:
+        raise DataError(f"the gene list {path} names no gene")
+    return names
+
+
+def read_perturbation_embeddings(path: str | Path) -> pd.DataFrame:
+    """Table of perturbation embeddings, a row a perturbation, from parquet.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, names a perturbation twice or holds missing values.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"there is no file of perturbation embeddings {path}")
+    table = pd.read_parquet(path)
+    table.index = table.index.astype(str)
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()].unique()
+        raise DataError(f"the perturbation embeddings {path} name {', '.join(twice[:5])} more than once")
+    incomplete = table.index[table.isna().any(axis=1)]
+    if len(incomplete):
+        raise DataError(f"the perturbation embeddings {path} have missing values for {', '.join(incomplete[:5])}")
+    return table

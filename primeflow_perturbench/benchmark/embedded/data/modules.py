@@ -1,0 +1,301 @@
+"""Lightning data module over one AnnData file."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import lightning as L
+import pandas as pd
+import torch
+
+from ..errors import DataError
+from .cells import Keys
+from .datasets import CounterfactualWithReference, known_conditions
+from .datasplitter import PerturbationDataSplitter, write_split_csv
+from .loading import BatchLoader, EpochBatches
+from .types import Batch
+
+log = logging.getLogger(__name__)
+
+SPLIT_KEY = "split"
+
+
+def read_cells(filename: str | Path, backed: bool = False) -> ad.AnnData:
+    """Cells of an h5ad file, in memory or backed.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or cannot be read as an h5ad file.
+    """
+    path = Path(filename)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}; give the h5ad file as data.data.filename=PATH")
+    try:
+        return ad.read_h5ad(path, backed="r" if backed else None)
+    except (OSError, KeyError, ValueError, ad.io.AnnDataReadError) as error:
+        raise DataError(f"{path} cannot be read as an h5ad file ({str(error).splitlines()[0]})") from error
+
+
+class AnnDataLitModule(L.LightningDataModule):
+    """Train, validation, test and prediction data of one h5ad file.
+
+    Parameters
+    ----------
+    data
+        ``{filename, backed}``: the h5ad file and whether it stays on disk.
+    data_iter_factory
+        ``(adata) -> (data set, context)``, for example a partial of `SingleCellPerturbation.from_anndata`;
+        its keywords hold the names of the columns.
+    mode
+        Only ``"batch"``: items are batches.
+    loader
+        ``{batch_size, num_workers, ...}`` of the training and validation loader.
+    transform
+        ``{conf: partial, dependencies: {argument: key of the context}}``.
+    splitter
+        Settings of `PerturbationDataSplitter.split_dataset`; with ``save: true`` the split goes to ``output_path``.
+    collate
+        Accepted for the interface; items are whole batches already.
+    evaluation
+        ``{split_value_to_evaluate, test_data_iter_factory, evaluation_pipelines, chunk_size, ...}``.
+    prediction
+        ``{prediction_dataframe_path, predict_data_iter_factory, chunk_size}``.
+    filter_split_perturbations
+        Drop the validation and test cells whose perturbations training lacks; if false, add these
+        perturbations to the vocabulary.
+
+    Raises
+    ------
+    DataError
+        On bad data or settings.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        data_iter_factory: Callable,
+        mode: str = "batch",
+        loader: Mapping[str, Any] | None = None,
+        transform: Mapping[str, Any] | None = None,
+        splitter: Mapping[str, Any] | None = None,
+        collate: Callable | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        prediction: Mapping[str, Any] | None = None,
+        filter_split_perturbations: bool = True,
+    ):
+        super().__init__()
+        if mode != "batch":
+            raise DataError(f"data mode {mode!r} is not known; the only one is 'batch'")
+        self.data, self.factory = data, data_iter_factory
+        self.loader = dict(loader or {})
+        self.batch_size = int(self.loader.pop("batch_size", 256))
+        self.collate = collate
+        self._transform_conf = transform
+        self.splitter, self.evaluation, self.prediction = splitter, evaluation, prediction
+        self.filter_split_perturbations = filter_split_perturbations
+        keywords = data_iter_factory.keywords
+        self.keys = Keys(
+            perturbation=keywords["perturbation_key"],
+            covariates=tuple(keywords.get("covariate_keys") or ()),
+            delimiter=keywords.get("perturbation_combination_delimiter", "+"),
+            control=keywords.get("perturbation_control_value", "control"),
+        )
+        self.adata: ad.AnnData | None = None
+        self.features: list[str] | None = None
+        self.transform: Callable[[Batch], Batch] | None = None
+        self.context: dict[str, Any] | None = None
+        self.splits: pd.Series | None = None
+        self.train_iterator = self.val_iterator = self.test_iterator = self.predict_iterator = None
+
+    def use_training_record(self, record: Mapping[str, Any], gene_names: list[str] | None = None) -> None:
+        """Take transform, context and genes from a checkpoint instead of from the training cells."""
+        self.transform, self.context = record["transform"], record["train_context"]
+        self.features = gene_names
+
+    @property
+    def obs_df(self) -> pd.DataFrame:
+        """``obs`` of all cells of the file."""
+        return self._read().obs
+
+    @property
+    def num_genes(self) -> int:
+        """Number of genes."""
+        return len(self.gene_names)
+
+    @property
+    def gene_names(self) -> list[str]:
+        """Names of the genes, in the order of the tensors' columns."""
+        iterators = (self.train_iterator, self.test_iterator, self.predict_iterator)
+        return next(iterator.gene_names for iterator in iterators if iterator is not None)
+
+    @property
+    def num_perturbations(self) -> int:
+        """Number of perturbations, control not counted."""
+        return self.context["num_perturbations"]
+
+    @property
+    def embedding_width(self) -> int | None:
+        """Width of the cells' embedding, or ``None``."""
+        return None if self.train_iterator is None else self.train_iterator.embedding_width
+
+    @property
+    def perturbation_embedding_width(self) -> int | None:
+        """Width of the perturbations' embedding, or ``None``."""
+        return None if self.train_iterator is None else self.train_iterator.perturbation_embedding_width
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split and wrap what the stage needs; a second call for the same stage does nothing."""
+        if stage in ("fit", "validate", None) and self.train_iterator is None:
+            self._setup_fit()
+        if stage in ("test", None) and self.test_iterator is None and self.evaluation is not None:
+            self._setup_test()
+        if stage == "predict" and self.predict_iterator is None:
+            self._setup_predict()
+
+    def _read(self) -> ad.AnnData:
+        if self.adata is None:
+            self.adata = read_cells(self.data["filename"], bool(self.data.get("backed", False)))
+        return self.adata
+
+    def _split(self) -> pd.Series:
+        """Split of every cell, shape (cells of the file,), missing for cells of none."""
+        if self.splits is None:
+            obs = self._read().obs
+            self.splits = PerturbationDataSplitter.assign_splits(
+                self.splitter, obs, self.keys.perturbation, self.keys.delimiter, self.keys.control
+            )
+        return self.splits
+
+    def _cells_of(self, split: str) -> ad.AnnData:
+        return self.adata[(self._split() == split).to_numpy()]
+
+    def _setup_fit(self) -> None:
+        splits = self._split()
+        train = self._cells_of("train")
+        extra = {} if self.features is None else {"features": self.features}
+        self.train_iterator, context = self.factory(train, **extra)
+        if self.context is None:
+            self.context = context
+            if not self.filter_split_perturbations:
+                _, context = self.factory(self.adata[splits.notna().to_numpy()], **extra)
+                for key in ("perturbation_uniques", "num_perturbations", "perturbation_counts"):
+                    self.context[key] = context[key]
+        self._drop_unknown()
+        self.val_iterator, _ = self.factory(self._cells_of("val"), **extra)
+        if self.transform is None:
+            self.transform = self._build_transform()
+        self.train_iterator.transform = self.val_iterator.transform = self.transform
+        self._save_split()
+
+    def _drop_unknown(self) -> None:
+        """Take cells out of validation and test whose perturbations the vocabulary lacks."""
+        known, unknown = known_conditions(self.adata.obs, self.keys, self.context["perturbation_uniques"])
+        drop = ~known & self.splits.isin(["val", "test"]).to_numpy()
+        if drop.any():
+            log.warning(
+                "%d validation and test cells are left out: training has no cell of %s",
+                int(drop.sum()),
+                ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else ""),
+            )
+            self.splits = self.splits.mask(drop)
+        for split in ("val", "test"):
+            if not (self.splits == split).any():
+                raise DataError(
+                    f"the {split} split is empty once perturbations that training lacks are left out; "
+                    "hold out less, or give another split file"
+                )
+
+    def _build_transform(self) -> Callable[[Batch], Batch]:
+        arguments = {argument: self.context[key] for argument, key in self._transform_conf["dependencies"].items()}
+        if self.train_iterator.perturbation_embeddings is not None:
+            arguments["perturbation_embeddings"] = self.train_iterator.perturbation_embeddings
+        return self._transform_conf["conf"](**arguments)
+
+    def _save_split(self) -> None:
+        """Write the split beside the run, if the splitter's settings ask for it."""
+        if not self.splitter.get("save") or not self.trainer_is_first:
+            return
+        folder = Path(self.splitter.get("output_path") or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_split_csv(self.splits, folder / "train_test_split.csv")
+        obs = self.adata.obs[[*self.keys.covariates, self.keys.perturbation]].astype(str)
+        groups = obs.assign(**{SPLIT_KEY: self.splits}).dropna()
+        groups = groups.groupby(list(groups.columns), observed=True).size().rename("n_cells").reset_index()
+        groups.to_csv(folder / "perturbation_covariate_split_map.csv", index=False)
+
+    @property
+    def trainer_is_first(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.trainer is None or self.trainer.is_global_zero
+
+    def _setup_test(self) -> None:
+        self._read()
+        self._split()
+        if self.context is None:
+            raise DataError("a test needs the training context: fit first, or give ckpt_path")
+        self._drop_unknown()
+        adata = self.adata
+        split = self.evaluation.get("split_value_to_evaluate", "test")
+        obs = adata.obs.assign(**{SPLIT_KEY: self.splits})
+        if adata.isbacked:
+            adata = adata[(self.splits == split).to_numpy()].to_memory()
+            adata.obs = obs.loc[adata.obs_names]
+        else:
+            adata = adata.copy() if adata.is_view else ad.AnnData(adata.X, obs=obs, var=adata.var, obsm=adata.obsm)
+        factory = self.evaluation["test_data_iter_factory"]
+        self.test_iterator, _ = factory(
+            adata,
+            split=split,
+            use_synthetic_controls=bool(self.evaluation.get("use_synthetic_controls", False)),
+            **self._genes_of(factory),
+        )
+        self.test_iterator.transform = self.transform
+
+    def _genes_of(self, factory: Callable) -> dict[str, list[str]]:
+        """Genes to realign to: the checkpoint's, else those that training uses."""
+        features = self.features or (self.context or {}).get("features_keep")
+        return {} if features is None else {"features": list(features)}
+
+    def _setup_predict(self) -> None:
+        if self.context is None:
+            raise DataError("a prediction needs the training context: give ckpt_path")
+        path = Path(self.prediction["prediction_dataframe_path"])
+        if not path.is_file():
+            raise DataError(f"there is no table of conditions {path}; give prediction_dataframe_path=PATH")
+        conditions = pd.read_csv(path, dtype={self.keys.perturbation: str})
+        factory = self.prediction["predict_data_iter_factory"]
+        self.predict_iterator, _ = factory(self._read(), prediction_dataframe=conditions, **self._genes_of(factory))
+        self.predict_iterator.transform = self.transform
+
+    def _training_progress(self) -> tuple[int, int]:
+        """Epoch and batches of it that have been trained on."""
+        loop = self.trainer.fit_loop
+        return self.trainer.current_epoch, loop.epoch_loop.batch_progress.current.processed
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled batches of training cells."""
+        # Reduced, since arithmetic with epochs must stay inside 64 bits.
+        seed = torch.initial_seed() % 2**31
+        sampler = EpochBatches(len(self.train_iterator), self.batch_size, shuffle=True, seed=seed)
+        progress = self._training_progress if self.trainer is not None else None
+        return BatchLoader(self.train_iterator, sampler, progress, **self.loader)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Batches of validation cells in file order."""
+        return BatchLoader(self.val_iterator, EpochBatches(len(self.val_iterator), self.batch_size), **self.loader)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Chunks of test conditions."""
+        chunk = int(self.evaluation.get("chunk_size", 20))
+        return BatchLoader(self.test_iterator, EpochBatches(len(self.test_iterator), chunk))
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Chunks of conditions to predict."""
+        chunk = int(self.prediction.get("chunk_size", 20))
+        return BatchLoader(self.predict_iterator, EpochBatches(len(self.predict_iterator), chunk))
+
+
+__all__ = ["AnnDataLitModule", "CounterfactualWithReference", "read_cells"]

@@ -1,0 +1,109 @@
+"""From labels and matrices to the tensors a model reads."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ..types import Batch
+
+
+def dense_tensor(matrix) -> Tensor:
+    """Dense float32 tensor of a numpy array, a scipy sparse matrix or a tensor."""
+    if isinstance(matrix, Tensor):
+        return matrix.to(torch.float32)
+    if sp.issparse(matrix):
+        matrix = matrix.toarray()
+    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
+
+
+class SingleCellPipeline:
+    """Encode perturbations as multi-hot (or summed embeddings), covariates as one-hot, expression as dense.
+
+    Parameters
+    ----------
+    perturbation_uniques
+        Perturbations in the order of the columns.
+    covariate_uniques
+        Categories in the order of the columns by covariate name; ``None`` for a numeric covariate.
+    perturbation_embeddings
+        Optional table with one row a perturbation; perturbations then become the sum of their rows.
+
+    Raises
+    ------
+    DataError
+        On calling it with a perturbation or a category that it does not know, named in the message.
+    """
+
+    def __init__(
+        self,
+        perturbation_uniques: Sequence[str],
+        covariate_uniques: Mapping[str, Sequence[str] | None] | None = None,
+        perturbation_embeddings: pd.DataFrame | None = None,
+    ):
+        self.perturbation_uniques = list(perturbation_uniques)
+        self.covariate_uniques = {
+            name: None if uniques is None else list(uniques) for name, uniques in (covariate_uniques or {}).items()
+        }
+        self._perturbation_rows = {name: row for row, name in enumerate(self.perturbation_uniques)}
+        self._covariate_columns = {
+            name: {value: column for column, value in enumerate(uniques)}
+            for name, uniques in self.covariate_uniques.items()
+            if uniques is not None
+        }
+        self.perturbation_vectors = None
+        if perturbation_embeddings is not None:
+            missing = [name for name in self.perturbation_uniques if name not in perturbation_embeddings.index]
+            if missing:
+                raise DataError(
+                    f"{len(missing)} perturbations have no row in the perturbation embeddings, "
+                    f"among them {', '.join(missing[:5])}; add their rows or drop their cells"
+                )
+            rows = perturbation_embeddings.loc[self.perturbation_uniques].to_numpy(np.float32)
+            self.perturbation_vectors = torch.from_numpy(rows)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The same batch with tensors in the place of labels and matrices."""
+        covariates = None
+        if batch.covariates is not None:
+            covariates = {name: self._covariate(name, values) for name, values in batch.covariates.items()}
+        return batch._replace(
+            gene_expression=dense_tensor(batch.gene_expression),
+            perturbations=self._perturbations(batch.perturbations),
+            covariates=covariates,
+            controls=None if batch.controls is None else dense_tensor(batch.controls),
+            embeddings=None if batch.embeddings is None else dense_tensor(batch.embeddings),
+            control_embeddings=None if batch.control_embeddings is None else dense_tensor(batch.control_embeddings),
+        )
+
+    def _perturbations(self, labels: Sequence[tuple[str, ...]]) -> Tensor:
+        """Multi-hot (B, P), or summed embeddings (B, W)."""
+        multi_hot = torch.zeros(len(labels), len(self.perturbation_uniques))
+        unknown = {part for parts in labels for part in parts if part not in self._perturbation_rows}
+        if unknown:
+            raise DataError(
+                f"{len(unknown)} perturbations were not seen in training: {', '.join(sorted(unknown)[:10])}; "
+                "predict perturbations of the training cells, or train with perturbation embeddings"
+            )
+        for cell, parts in enumerate(labels):
+            for part in parts:
+                multi_hot[cell, self._perturbation_rows[part]] = 1.0
+        return multi_hot if self.perturbation_vectors is None else multi_hot @ self.perturbation_vectors
+
+    def _covariate(self, name: str, values) -> Tensor:
+        """One-hot (B, n) of a categorical covariate, (B, 1) of a numeric one."""
+        if self.covariate_uniques.get(name) is None:
+            return torch.as_tensor(np.asarray(values, dtype=np.float32))[:, None]
+        columns = self._covariate_columns[name]
+        unknown = sorted({str(value) for value in values if value not in columns})
+        if unknown:
+            raise DataError(
+                f"covariate {name!r} has values that were not seen in training: {', '.join(unknown[:10])}; "
+                f"known are {', '.join(map(str, list(columns)[:10]))}"
+            )
+        index = torch.tensor([columns[value] for value in values], dtype=torch.long)
+        return torch.nn.functional.one_hot(index, len(columns)).to(torch.float32)

@@ -1,0 +1,42 @@
+"""Predict the cells of given conditions, from a composed configuration."""
+
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from .train import load_record
+
+
+def predict(cfg: DictConfig) -> dict[str, Any]:
+    """Predict the conditions of a table with a trained model, chunk by chunk to ``cfg.output_path``.
+
+    Parameters
+    ----------
+    cfg
+        Composed ``predict.yaml`` with ``ckpt_path``, ``prediction_dataframe_path``, ``output_path``, ``chunk_size``.
+
+    Raises
+    ------
+    DataError
+        On a bad checkpoint, table or data.
+    """
+    if cfg.get("seed") is not None:
+        import lightning as L
+
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+    record = load_record(cfg.ckpt_path)
+    with open_dict(cfg):
+        OmegaConf.update(cfg, "data.prediction.prediction_dataframe_path", cfg.prediction_dataframe_path)
+        OmegaConf.update(cfg, "data.prediction.chunk_size", cfg.chunk_size)
+    datamodule = hydra.utils.instantiate(cfg.data)
+    datamodule.use_training_record(record, record["gene_names"])
+    datamodule.setup("predict")
+    model_class = hydra.utils.get_class(cfg.model._target_)
+    model = model_class.load_from_checkpoint(
+        cfg.ckpt_path, evaluation=None, map_location="cpu", weights_only=False
+    )
+    model.prediction_config = {"output_path": cfg.output_path}
+    trainer = hydra.utils.instantiate(cfg.trainer, logger=False, callbacks=[])
+    trainer.predict(model, datamodule=datamodule, return_predictions=False)
+    return {"trainer": trainer, "model": model, "datamodule": datamodule}

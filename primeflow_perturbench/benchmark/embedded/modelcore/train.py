@@ -1,0 +1,111 @@
+"""Train a model and test it, from a composed configuration."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from omegaconf import DictConfig
+
+from ..errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+def instantiate_all(config: Mapping[str, Any] | None) -> list[Any]:
+    """Objects of a group such as callbacks or loggers: every entry that names a ``_target_``."""
+    entries = (config or {}).values()
+    return [hydra.utils.instantiate(entry) for entry in entries if entry and "_target_" in entry]
+
+
+def load_record(ckpt_path: str) -> dict[str, Any]:
+    """Training record and hyper-parameters of a checkpoint.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or no checkpoint of a perturbation model.
+    """
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        return {**checkpoint["training_record"], "gene_names": checkpoint["hyper_parameters"].get("gene_names")}
+    except FileNotFoundError as error:
+        raise DataError(f"there is no checkpoint {ckpt_path}") from error
+    except Exception as error:  # unpickling a foreign file can raise anything
+        raise DataError(f"{ckpt_path} is not a checkpoint of a perturbation model, or is cut short") from error
+
+
+def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.LightningModule:
+    """The model of ``cfg.model`` with the eight arguments that only the data know."""
+    return hydra.utils.instantiate(
+        cfg.model,
+        n_genes=datamodule.num_genes,
+        n_perts=datamodule.num_perturbations,
+        transform=datamodule.transform,
+        context=datamodule.context,
+        evaluation=datamodule.evaluation,
+        embedding_width=datamodule.embedding_width,
+        perturbation_embedding_width=datamodule.perturbation_embedding_width,
+        gene_names=datamodule.train_iterator.gene_names,
+    )
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Fit the model of ``cfg`` and test its best checkpoint.
+
+    Parameters
+    ----------
+    cfg
+        Composed ``train.yaml``. ``train`` and ``test`` switch the two stages; ``ckpt_path`` resumes, or is
+        tested as it is without ``train``, or gives its weights alone with ``finetune``; ``seed`` seeds.
+
+    Returns
+    -------
+    ``{"trainer", "model", "datamodule"}`` and the callback metrics under ``"metrics"``.
+
+    Raises
+    ------
+    DataError
+        On bad data or settings.
+    """
+    if cfg.get("seed") is not None:
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+    ckpt_path, finetune = cfg.get("ckpt_path"), bool(cfg.get("finetune", False))
+    if not cfg.train and ckpt_path is None:
+        raise DataError("train=false tests a trained model and needs ckpt_path=PATH")
+    datamodule = hydra.utils.instantiate(cfg.data)
+    if ckpt_path is not None and (finetune or not cfg.train):
+        record = load_record(ckpt_path)
+        datamodule.use_training_record(record, record["gene_names"])
+    datamodule.setup("fit")
+    model = build_model(cfg, datamodule)
+    check_compatible(model, datamodule)
+    if finetune:
+        weights = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        model.on_load_checkpoint(weights)
+        model.load_state_dict(weights["state_dict"])
+    trainer = hydra.utils.instantiate(
+        cfg.trainer, callbacks=instantiate_all(cfg.get("callbacks")), logger=instantiate_all(cfg.get("logger"))
+    )
+    metrics: dict[str, Any] = {}
+    if cfg.train:
+        resume = None if finetune else ckpt_path
+        trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=False)
+        metrics.update(trainer.callback_metrics)
+    if cfg.test:
+        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+        tested = (best or None) if cfg.train else ckpt_path
+        if cfg.train and tested is None:
+            log.warning("no checkpoint was saved; the test uses the weights at the end of training")
+        trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=False, verbose=False)
+        metrics.update(trainer.callback_metrics)
+    return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
+
+
+def check_compatible(model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+    """Raise `DataError` if the model cannot be fed by the data set class of the data module."""
+    given, wanted = type(datamodule.train_iterator).__name__, model.COMPATIBLE_DATASETS
+    if given not in wanted:
+        raise DataError(f"{type(model).__name__} needs a data set of class {' or '.join(wanted)}, got {given}")

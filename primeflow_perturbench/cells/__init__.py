@@ -1,0 +1,1 @@
+"""Between tensors and biology: conditions, generated cells, expression."""

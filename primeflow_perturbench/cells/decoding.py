@@ -1,0 +1,66 @@
+"""From what the flow gives to expression: no negative values, and exact zeros below the detection limit."""
+
+import torch
+from torch import Tensor
+
+
+class ExpressionSurvey:
+    """What the training cells' values look like, gathered batch by batch.
+
+    Attributes
+    ----------
+    histogram
+        Counts of positive values in bins of ``bin_width`` from 0, shape (bins,).
+    """
+
+    bin_width = 0.005
+
+    def __init__(self, highest: float = 20.0):
+        self.histogram = torch.zeros(round(highest / self.bin_width), dtype=torch.float64)
+        self.cells = self.negative = self.not_finite = 0
+        self.fractional = False
+        self.largest = 0.0
+
+    def add(self, expression: Tensor) -> None:
+        """Take in expression (B, G)."""
+        self.cells += len(expression)
+        finite = torch.isfinite(expression)
+        self.not_finite += int((~finite).sum())
+        values = expression[finite & (expression != 0)].double().cpu()
+        self.negative += int((values < 0).sum())
+        positive = values[values > 0]
+        if not len(positive):
+            return
+        self.fractional |= bool((positive != positive.round()).any())
+        self.largest = max(self.largest, float(positive.max()))
+        bins = (positive / self.bin_width).long().clamp(max=len(self.histogram) - 1)
+        self.histogram += torch.bincount(bins, minlength=len(self.histogram)).double()
+
+    def quantile(self, q: float) -> float:
+        """Quantile of the positive values, to half a bin; 0 if there are none."""
+        total = self.histogram.sum()
+        if total == 0:
+            return 0.0
+        first = int(torch.searchsorted(self.histogram.cumsum(0), q * total))
+        return (min(first, len(self.histogram) - 1) + 0.5) * self.bin_width
+
+    @property
+    def looks_like_counts(self) -> bool:
+        """Whether all values are whole numbers, and too large to be logarithms."""
+        return not self.fractional and self.largest > 20
+
+
+def learn_detection_limit(survey: ExpressionSurvey, quantile: float = 0.1) -> float:
+    """Half of a low quantile of the positive training values.
+
+    Measured log1p values are 0 or above a gap: one count in a cell of many. A flow fills the gap with
+    small noise. Half way between 0 and the low end of what is measured, a generated value is as near to
+    "not detected" as to "detected once".
+    """
+    return 0.5 * survey.quantile(quantile)
+
+
+def decode_expression(x: Tensor, detection_limit: float | None) -> Tensor:
+    """Expression (B, G) of generated values (B, G): values below the limit, and negative ones, become exactly 0."""
+    limit = 0.0 if detection_limit is None else max(detection_limit, 0.0)
+    return torch.where(x >= limit, x.clamp(min=0.0), torch.zeros_like(x))

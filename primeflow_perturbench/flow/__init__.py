@@ -1,0 +1,1 @@
+"""The mathematics of flow matching: paths, losses, guidance and sampling of plain tensors."""

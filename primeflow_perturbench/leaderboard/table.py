@@ -1,0 +1,57 @@
+"""Tables of metrics for people."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.table import Table
+
+# Metric key -> (heading, whether higher is better); "mmd" is PerturBench's key of the energy distance.
+COLUMNS = {
+    "mmd_none": ("energy distance\ngenes", False),
+    "mmd_pca": ("energy distance\nPCA", False),
+    "top_k_recall_scores": ("recall\n@50", True),
+    "cosine_logfc": ("cosine\nlogFC", True),
+    "rmse_average": ("RMSE\nmean", False),
+    "mmd_rank_none": ("rank\nE genes", False),
+    "cosine_rank_logfc": ("rank\nlogFC", False),
+}
+LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
+CEILING = "ceiling"
+
+
+def heading(metric: str) -> tuple[str, bool]:
+    """Heading of a metric's column and whether higher is better."""
+    return COLUMNS.get(metric, (metric, not any(word in metric.split("_") for word in LOWER_IS_BETTER)))
+
+
+def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (CEILING,)) -> Table:
+    """Rich table with a row a model and a column a metric, the best of each in bold.
+
+    Parameters
+    ----------
+    summary
+        Index the metric keys, a column a model.
+    title
+        Title of the table.
+    unranked
+        Rows that do not compete, such as the ceiling.
+    """
+    shown = [key for key in COLUMNS if key in summary.index] or list(summary.index)
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for key in shown:
+        name, higher = heading(key)
+        table.add_column(f"{name} {'↑' if higher else '↓'}", justify="right", no_wrap=False)
+    competing = [model for model in summary.columns if model not in unranked]
+    best = {
+        key: summary.loc[key, competing].max() if heading(key)[1] else summary.loc[key, competing].min()
+        for key in shown
+    }
+    for model in summary.columns:
+        cells = []
+        for key in shown:
+            value = summary.loc[key, model]
+            text = "–" if pd.isna(value) else f"{value:.3f}"
+            cells.append(f"[bold]{text}[/bold]" if model in competing and value == best[key] else text)
+        table.add_row(model.replace("_", " "), *cells, end_section=model == summary.columns[0])
+    return table

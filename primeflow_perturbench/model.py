@@ -1,0 +1,230 @@
+"""PRiMeFlow as a PerturBench model: the glue between the host and flow/, networks/ and cells/."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from primeflow_perturbench.benchmark import load
+from primeflow_perturbench.cells.condition import ConditionEncoder
+from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
+from primeflow_perturbench.cells.generation import CellGenerator
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.flow.loss import flow_matching_loss
+from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
+from primeflow_perturbench.flow.sampling import ODESolver
+
+PerturbationModel = load("modelcore.models.PerturbationModel")
+Batch = load("data.types.Batch")
+
+TRAIN, VALIDATE = 0, 1
+
+
+class PRiMeFlow(PerturbationModel):
+    """Flow matching from Gaussian noise to log1p expression, conditioned on perturbations and covariates.
+
+    arXiv 2604.13986 (2026). Independent coupling, straight path, mean squared error; sampling by an ODE
+    solver with classifier-free guidance, then exact zeros below a detection limit.
+
+    Parameters
+    ----------
+    n_genes, n_perts, transform, context, evaluation, embedding_width, perturbation_embedding_width, gene_names
+        Injected by the host, see its `PerturbationModel`. Cell embeddings are not read.
+    network
+        ``(n_genes, condition_width) -> nn.Module``, a velocity network of ``networks/``.
+    condition_dropout
+        Share of training cells that see the null condition.
+    guidance
+        Strength w of classifier-free guidance at sampling; 1 is none.
+    solver
+        How to integrate.
+    detection_limit
+        ``"learnt"`` from the training cells, a number in log1p units, or ``None`` (or ``"none"``) to keep
+        all positive values.
+    cells_per_condition
+        Cells to generate for each condition; ``None`` generates one a row of the host's table.
+    sample_batch_size
+        Most cells on the device at once while sampling.
+    seed
+        Seed of training noise and of sampling; ``None`` is 0.
+    lr, wd, lr_scheduler
+        See the host's `PerturbationModel`.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of range.
+    """
+
+    COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls")
+    SURVEYED_CELLS = 100_000
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_perts: int,
+        transform: Any,
+        context: Mapping[str, Any],
+        evaluation: Mapping[str, Any] | None,
+        network: Callable[[int, int], nn.Module],
+        embedding_width: int | None = None,
+        perturbation_embedding_width: int | None = None,
+        gene_names: Sequence[str] | None = None,
+        condition_dropout: float = 0.2,
+        guidance: float = 1.0,
+        solver: ODESolver | None = None,
+        detection_limit: float | Literal["learnt", "none"] | None = "learnt",
+        cells_per_condition: int | None = None,
+        sample_batch_size: int = 256,
+        seed: int | None = 0,
+        lr: float | None = None,
+        wd: float | None = None,
+        lr_scheduler: Mapping[str, Any] | None = None,
+    ):
+        if not 0 <= condition_dropout < 1:
+            raise InputError(f"condition_dropout must be at least 0 and below 1, got {condition_dropout}")
+        if guidance < 0:
+            raise InputError(f"guidance must be at least 0, got {guidance}")
+        if guidance != 1 and condition_dropout == 0:
+            raise InputError(f"guidance {guidance} needs a null condition: train with condition_dropout above 0")
+        if cells_per_condition is not None and cells_per_condition < 1:
+            raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
+        if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
+            raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
+        super().__init__(
+            n_genes=n_genes,
+            n_perts=n_perts,
+            transform=transform,
+            context=context,
+            evaluation=evaluation,
+            embedding_width=embedding_width,
+            perturbation_embedding_width=perturbation_embedding_width,
+            lr=lr,
+            wd=wd,
+            lr_scheduler=lr_scheduler,
+        )
+        self.save_hyperparameters(logger=False)
+        self.gene_names = None if gene_names is None else list(gene_names)
+        self.encoder = ConditionEncoder(self.n_input_perturbation_features, context.get("covariate_uniques") or {})
+        self.network = network(n_genes, self.encoder.width)
+        self.path = StraightPath()
+        self.solver = solver or ODESolver()
+        self.condition_dropout, self.guidance, self.seed = condition_dropout, guidance, seed or 0
+        self.cells_per_condition, self.sample_batch_size = cells_per_condition, sample_batch_size
+        self.detection_limit = None if detection_limit == "none" else detection_limit
+        self.learnt_detection_limit: float | None = None
+
+    def on_fit_start(self) -> None:
+        """Look at the training cells once: refuse what is not log1p expression, learn the detection limit."""
+        if self.learnt_detection_limit is not None:
+            return
+        survey = ExpressionSurvey()
+        for batch in self.trainer.datamodule.train_dataloader():
+            survey.add(batch.gene_expression)
+            if survey.cells >= self.SURVEYED_CELLS:
+                break
+        refuse_unusable(survey)
+        self.learnt_detection_limit = self.trainer.strategy.broadcast(learn_detection_limit(survey))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Flow-matching loss of a batch, with condition dropout."""
+        generator = self._generator(TRAIN, self.current_epoch, batch_idx)
+        condition = self.encoder(batch.perturbations, batch.covariates)
+        condition = self.encoder.drop(condition, self.condition_dropout, generator)
+        loss = self._loss(batch.gene_expression, condition, generator)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(condition))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Flow-matching loss of a batch without dropout, with the same noise in every epoch."""
+        generator = self._generator(VALIDATE, 0, batch_idx)
+        condition = self.encoder(batch.perturbations, batch.covariates)
+        loss = self._loss(batch.gene_expression, condition, generator)
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
+        return loss
+
+    def _loss(self, x_1: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
+        x_0 = gaussian_source(x_1, generator)
+        sample = self.path.sample(x_0, x_1, uniform_time(x_1, generator))
+        return flow_matching_loss(self.network, sample, condition)
+
+    def _generator(self, *stream: int) -> torch.Generator:
+        """Generator of one batch: a restarted run draws what an unbroken one would have drawn."""
+        entropy = np.random.SeedSequence([self.seed % 2**32, self.global_rank, *stream]).generate_state(1)
+        return torch.Generator(device=self.device).manual_seed(int(entropy[0]))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Generated expression (cells, G) on the CPU, a cell for each row of the batch."""
+        condition = self.encoder(batch.perturbations, batch.covariates).to(self.device)
+        return self.generate(condition)
+
+    @torch.no_grad()
+    def generate(self, condition: Tensor) -> Tensor:
+        """Generated expression (N, G) on the CPU for condition vectors (N, C)."""
+        limit = self._limit()
+        generator = CellGenerator(
+            self.network,
+            self.n_genes,
+            self.encoder.null,
+            self.solver,
+            guidance=self.guidance,
+            seed=self.seed,
+            sample_batch_size=self.sample_batch_size,
+        )
+        return generator.generate(condition, finish=lambda x: decode_expression(x, limit))
+
+    def _limit(self) -> float | None:
+        if self.detection_limit != "learnt":
+            return self.detection_limit
+        if self.learnt_detection_limit is None:
+            raise InputError("the detection limit is learnt in training: train first, or set detection_limit=none")
+        return self.learnt_detection_limit
+
+    def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
+        """Generated cells of a batch, ``cells_per_condition`` of each condition where that is set."""
+        batch, obs = data_tuple
+        rows = np.arange(len(obs))
+        if self.cells_per_condition is not None:
+            columns = [*self.training_record["train_context"]["covariate_keys"]]
+            columns += [self.training_record["train_context"]["perturbation_key"]]
+            first = np.flatnonzero(~obs[columns].duplicated().to_numpy())
+            rows = np.repeat(first, self.cells_per_condition)
+        condition = self.encoder(batch.perturbations, batch.covariates)[rows].to(self.device)
+        cells = self.generate(condition)
+        obs = obs.iloc[rows].copy()
+        obs.index = [f"cell{index}" for index in range(len(obs))]
+        if "_condition_idx" in obs:
+            position = obs.groupby("_condition_idx", observed=True).cumcount()
+            obs.index = [f"{c}_{i}" for c, i in zip(obs["_condition_idx"], position, strict=True)]
+        names = self.gene_names or batch.gene_names
+        return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the detection limit beside what the host keeps."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["primeflow"] = {"detection_limit": self.learnt_detection_limit}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the detection limit back."""
+        super().on_load_checkpoint(checkpoint)
+        self.learnt_detection_limit = checkpoint.get("primeflow", {}).get("detection_limit")
+
+
+def refuse_unusable(survey: ExpressionSurvey) -> None:
+    """Raise `InputError` if the surveyed cells are not log1p expression."""
+    if survey.not_finite:
+        raise InputError(f"the training cells hold {survey.not_finite} values that are NaN or infinite; remove them")
+    if survey.negative:
+        raise InputError(
+            f"the training cells hold {survey.negative} negative values, but log1p expression is never negative; "
+            "give unscaled values"
+        )
+    if survey.looks_like_counts:
+        raise InputError(
+            f"the training cells hold whole numbers up to {survey.largest:.0f}, which look like raw counts, but "
+            "PRiMeFlow models log1p expression; run sc.pp.normalize_total and sc.pp.log1p first"
+        )

@@ -1,0 +1,1 @@
+"""Velocity networks: ``forward(x (B, G), t (B,), condition (B, C)) -> (B, G)``."""

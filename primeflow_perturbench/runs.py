@@ -1,0 +1,183 @@
+"""One run from configuration to table: make or check the data, train, test, set references beside it."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import hydra
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from primeflow_perturbench.benchmark import backend, load
+from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.evaluation import Evaluation
+from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.pipelines import EvaluationResult, run_pipelines
+from primeflow_perturbench.benchmark.embedded.data.datasplitter import read_split_csv
+from primeflow_perturbench.benchmark.embedded.files import replacing
+from primeflow_perturbench.benchmark.embedded.modelcore.models.base import with_controls
+from primeflow_perturbench.data.check import check_anndata, read_h5ad, require
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memory, versions, write_json
+from primeflow_perturbench.leaderboard.references import SplitCells, all_references
+from primeflow_perturbench.leaderboard.table import metrics_table
+
+log = logging.getLogger(__name__)
+
+
+def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
+    """Train and test as ``cfg`` says; the run's folder then holds everything a table needs.
+
+    Returns
+    -------
+    Summary of the model and the references, index the metric keys and a column a model; ``None`` without a test.
+
+    Raises
+    ------
+    InputError, DataError
+        On bad data or settings.
+    """
+    folder = Path(cfg.paths.output_dir)
+    if cfg.get("prepare") is not None:
+        hydra.utils.instantiate(cfg.prepare)
+    if cfg.get("check", True):
+        check_data(cfg, console)
+    with open_dict(cfg):
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), folder / "config.yaml")
+    record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
+    write_json(folder / "environment.json", record)
+    start = time.perf_counter()
+    done = load("modelcore.train.train")(cfg)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    record["steps"] = done["trainer"].global_step
+    record["peak_memory"] = peak_memory()
+    write_json(folder / "environment.json", record)
+    if not cfg.test:
+        console.print(f"Trained; the run is in {folder}")
+        return None
+    summary = tabulate_run(cfg, done["model"], console)
+    console.print(f"Everything about this run is in {folder}")
+    return summary
+
+
+def check_data(cfg: DictConfig, console: Console) -> None:
+    """Look through the data file; print warnings, raise the first error as `InputError`."""
+    columns = cfg.data.data_iter_factory
+    filename = cfg.data.data.filename
+    findings = check_anndata(
+        read_h5ad(filename, backed=True),
+        filename=filename,
+        perturbation_key=columns.perturbation_key,
+        perturbation_control_value=columns.perturbation_control_value,
+        covariate_keys=tuple(columns.get("covariate_keys") or ()),
+        perturbation_combination_delimiter=columns.get("perturbation_combination_delimiter"),
+    )
+    for finding in findings:
+        if finding.level == "warning":
+            console.print(f"[yellow]warning:[/yellow] {finding.sentence}", highlight=False)
+    require(findings)
+
+
+def split_cells(cfg: DictConfig) -> SplitCells:
+    """The run's cells and split, read from the data file and from the split that the run saved."""
+    columns = cfg.data.data_iter_factory
+    adata = read_h5ad(cfg.data.data.filename)
+    split = Path(cfg.paths.output_dir) / "train_test_split.csv"
+    return SplitCells(
+        adata=adata,
+        split=read_split_csv(split, adata.obs_names),
+        perturbation_key=columns.perturbation_key,
+        covariate_keys=tuple(columns.get("covariate_keys") or ()),
+        control=columns.perturbation_control_value,
+        delimiter=columns.get("perturbation_combination_delimiter"),
+    )
+
+
+def tabulate_run(cfg: DictConfig, model: Any, console: Console) -> pd.DataFrame:
+    """Score the references like the model, print the table and write ``table.csv`` and ``per_condition.parquet``."""
+    folder = Path(cfg.paths.output_dir)
+    predicted = ad.read_h5ad(folder / "predicted.h5ad")
+    result = model.evaluation_result
+    names = list(cfg.get("references") or [])
+    summary, per_condition = result.summary, [result.per_condition]
+    if names:
+        cells = split_cells(cfg)
+        test = cells.adata[cells.rows(["test"])][:, predicted.var_names].copy()
+        n = predicted.obs.groupby("_condition_idx", observed=True).size().max()
+        models = all_references(cells, names, int(n))
+        references = score(cfg, models, test, cfg.data.evaluation.evaluation_pipelines, console)
+        summary = pd.concat([summary, references.summary], axis=1)
+        per_condition.append(references.per_condition)
+    with replacing(folder / "table.csv") as temporary:
+        summary.to_csv(temporary)
+    with replacing(folder / "per_condition.parquet") as temporary:
+        pd.concat(per_condition).to_parquet(temporary, index=False)
+    n_conditions = result.per_condition["cov_pert"].nunique()
+    console.print(metrics_table(summary, f"{n_conditions} held-out conditions"))
+    return summary
+
+
+def score(
+    cfg: DictConfig, models: dict[str, ad.AnnData], reference: ad.AnnData, pipelines: Any, console: Console
+) -> EvaluationResult:
+    """Score predicted cells of several models against measured ones, with a progress bar."""
+    columns = cfg.data.data_iter_factory
+    context = {
+        "perturbation_key": columns.perturbation_key,
+        "perturbation_control_value": columns.perturbation_control_value,
+        "covariate_keys": list(columns.get("covariate_keys") or ()),
+    }
+    return score_models(models, reference, context, pipelines, console)
+
+
+def score_models(
+    models: dict[str, ad.AnnData],
+    reference: ad.AnnData,
+    context: dict[str, Any],
+    pipelines: Any,
+    console: Console,
+    synthetic_controls: bool = False,
+) -> EvaluationResult:
+    """Score cells by model name; ``context`` names the columns and the control."""
+    from rich.progress import Progress
+
+    evaluation = Evaluation(
+        model_adatas=[with_controls(cells, reference, context, synthetic_controls) for cells in models.values()],
+        model_names=list(models),
+        ref_adata=reference,
+        pert_col=context["perturbation_key"],
+        ctrl=context["perturbation_control_value"],
+        cov_cols=context["covariate_keys"],
+    )
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("Scoring", total=None)
+        return run_pipelines(
+            evaluation,
+            pipelines,
+            progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=f"Scoring {what}"
+            ),
+        )
+
+
+def predict_run(cfg: DictConfig, console: Console) -> Path:
+    """Generate the conditions of a table with the model of a finished run.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint's run has no ``config.yaml`` beside it.
+    """
+    checkpoint = Path(cfg.ckpt_path)
+    config = checkpoint.resolve().parent.parent / "config.yaml"
+    if not checkpoint.is_file():
+        raise InputError(f"there is no checkpoint {checkpoint}; give ckpt_path=PATH of a finished run")
+    if not config.is_file():
+        raise InputError(f"{checkpoint} does not lie in a run's folder: there is no {config} to take its settings from")
+    run = OmegaConf.load(config)
+    with open_dict(cfg):
+        cfg = OmegaConf.merge({"data": run.data, "model": run.model}, cfg)
+    done = load("modelcore.predict.predict")(cfg)
+    console.print(f"Predicted cells are in {cfg.output_path}")
+    return Path(done["model"].prediction_config["output_path"])
