@@ -1,8 +1,9 @@
-"""How long does scoring a large screen take, and how much memory?
+"""Time and memory that scoring a large screen takes.
 
-A simulated screen (by default 100 perturbed conditions in 4 covariate groups, 1,000 cells each, 1,000 control cells
-a group, 2,000 genes) is made and scored in a child process, once per set of pipelines, so that each peak of memory is
-its own. Run ``python benchmarks/evaluation.py``; results go to benchmarks/results/evaluation.json.
+A simulated screen (by default 100 perturbed conditions in 4 covariate groups, 1,000 cells each, 1,000 control
+cells a group, 2,000 genes) is made and scored in a child process, once per set of pipelines, so that each
+peak of memory is its own. Run ``python benchmarks/evaluation.py``; it writes
+benchmarks/results/evaluation.json.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +35,7 @@ def make_screen(groups: int, conditions: int, cells: int, genes: int, seed: int)
     rng = np.random.default_rng(seed)
     base = rng.gamma(1.0, 1.0, size=(groups, genes)).astype(np.float32) - 0.5
     names = [f"p{i:03d}" for i in range(conditions // groups)]
-    effects = {
-        name: (rng.random(genes) < 0.05) * rng.normal(0, 1, genes).astype(np.float32) for name in names
-    }
+    effects = {name: (rng.random(genes) < 0.05) * rng.normal(0, 1, genes).astype(np.float32) for name in names}
     blocks, obs = {"ref": [], "model": []}, {"ref": [], "model": []}
     for group in range(groups):
         for name in ["control", *names]:
@@ -66,7 +67,7 @@ def child(args: argparse.Namespace) -> None:
     ref, model = make_screen(args.groups, args.conditions, args.cells, args.genes, args.seed)
     before = peak_gib()
     steps: list[tuple[float, str]] = []
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     evaluation = Evaluation(model, ref, "condition", ["model"], "control", ["cell_type"])
     result = p.run_pipelines(
         evaluation,
@@ -74,9 +75,11 @@ def child(args: argparse.Namespace) -> None:
         progress=lambda done, total, what: steps.append((time.perf_counter() - start, what)),
     )
     wall = time.perf_counter() - start
-    seconds = {what: round(end - begin, 2) for (begin, what), (end, _) in zip(steps, steps[1:], strict=False)}
+    seconds = {what: round(end - begin, 2) for (begin, what), (end, _) in pairwise(steps)}
     report = {
         "wall_s": round(wall, 1),
+        "cpu_s": round(time.process_time() - start_cpu, 1),
+        "load_after": [round(value, 2) for value in os.getloadavg()],
         "peak_rss_gib": round(peak_gib(), 2),
         "peak_rss_before_scoring_gib": round(before, 2),
         "seconds": {"checks": round(steps[0][0], 2), **seconds},
@@ -87,15 +90,9 @@ def child(args: argparse.Namespace) -> None:
 
 def machine() -> dict:
     """What the numbers depend on."""
-    import os
-
     models = [line.split(":", 1)[1].strip() for line in cpu_info() if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    status = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -116,9 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--conditions", type=int, default=100, help="perturbed conditions, over all groups")
-    parser.add_argument(
-        "--cells", type=int, default=1000, help="cells of each condition and of each group's controls"
-    )
+    parser.add_argument("--cells", type=int, default=1000, help="cells of each condition and of each group's controls")
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pipelines", choices=("default", "mmd"), help=argparse.SUPPRESS)
@@ -141,8 +136,8 @@ def main() -> None:
             sys.exit(f"The {name} pipelines failed:\n{done.stderr}")
         report["runs"][name] = json.loads(done.stdout.splitlines()[-1])
         print(name, json.dumps(report["runs"][name], indent=1))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Checkpoints."""
+"""Checkpoints and the averaged weights in them."""
 
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class Checkpoint(ModelCheckpoint):
@@ -22,3 +23,21 @@ class Checkpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's `EMAWeightAveraging`, whose average is what a test after training uses.
+
+    A checkpoint holds the average as ``state_dict`` and the weights in training beside it. Lightning 2.6 puts
+    the latter back whenever a checkpoint is loaded by a trainer that has trained, so that
+    ``trainer.fit`` followed by ``trainer.test(ckpt_path="best")`` would test weights that were not averaged.
+
+    Takes the arguments of `EMAWeightAveraging`.
+    """
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take average and weights back to go on training; leave the average in the model otherwise."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)

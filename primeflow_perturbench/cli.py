@@ -97,7 +97,8 @@ def _answering(work: Callable[[], object]) -> None:
     except MissingMandatoryValue as error:
         _refuse(f"{error.full_key} must be given: add {error.full_key}=VALUE")
     except InstantiationException as error:
-        if isinstance(error.__cause__, InputError | DataError):
+        # A wrong value or an unknown name in the settings; anything else is a fault of ours and shows its trace.
+        if isinstance(error.__cause__, ValueError | TypeError):
             _refuse(str(error.__cause__))
         raise
     except (InputError, DataError) as error:
@@ -122,12 +123,31 @@ def _evaluate() -> None:
     parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
     parser.add_argument("--covariate-keys", nargs="*", default=[], help="columns of obs (default: none)")
     parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
-    parser.add_argument("--pipelines", choices=["paper", "default", "mmd"], default="paper",
-                        help="the paper's metrics, or PerturBench's default or mmd set (default: %(default)s)")
+    parser.add_argument(
+        "--pipelines",
+        choices=["paper", "default", "mmd"],
+        default="paper",
+        help="the paper's metrics, or PerturBench's default or mmd set (default: %(default)s)",
+    )
     parser.add_argument("--synthetic-controls", action="store_true", help="keep the predicted control cells")
     parser.add_argument("--output", help="folder for summary.csv, summary_by_cov.csv and per_condition.parquet")
-    arguments = parser.parse_args(sys.argv[1:])
+    chosen = parser.parse_args(sys.argv[1:])
     from primeflow_perturbench import runs
 
     console = _console()
-    _answering(lambda: runs.evaluate_files(arguments, console))
+    columns = {
+        "perturbation_key": chosen.perturbation_key,
+        "covariate_keys": chosen.covariate_keys,
+        "perturbation_control_value": chosen.control,
+    }
+    _answering(
+        lambda: runs.evaluate_files(
+            chosen.predicted,
+            chosen.measured,
+            columns,
+            chosen.pipelines,
+            console,
+            synthetic_controls=chosen.synthetic_controls,
+            output=chosen.output,
+        )
+    )

@@ -10,13 +10,19 @@ import hydra
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
+from rich.progress import Progress
 
 from primeflow_perturbench.benchmark import backend, load
 from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.evaluation import Evaluation
-from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.pipelines import EvaluationResult, run_pipelines
+from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.pipelines import (
+    DEFAULT_PIPELINES,
+    MMD_PIPELINES,
+    EvaluationResult,
+    run_pipelines,
+)
 from primeflow_perturbench.benchmark.embedded.data.datasplitter import read_split_csv
 from primeflow_perturbench.benchmark.embedded.files import replacing
-from primeflow_perturbench.benchmark.embedded.modelcore.models.base import with_controls
+from primeflow_perturbench.benchmark.embedded.modelcore.models.base import save_evaluation, with_controls
 from primeflow_perturbench.data.check import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memory, versions, write_json
@@ -24,6 +30,15 @@ from primeflow_perturbench.leaderboard.references import SplitCells, all_referen
 from primeflow_perturbench.leaderboard.table import metrics_table
 
 log = logging.getLogger(__name__)
+
+PAPER_PIPELINES = [
+    {"aggregation": "none", "metric": "mmd", "rank": True},
+    {"aggregation": "pca", "metric": "mmd", "rank": True},
+    {"aggregation": "scores", "metric": "top_k_recall", "rank": True},
+    {"aggregation": "logfc", "metric": "cosine", "rank": True},
+    {"aggregation": "average", "metric": "rmse", "rank": True},
+]
+PIPELINES = {"paper": PAPER_PIPELINES, "default": DEFAULT_PIPELINES, "mmd": MMD_PIPELINES}
 
 
 def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
@@ -63,34 +78,37 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
 
 def check_data(cfg: DictConfig, console: Console) -> None:
     """Look through the data file; print warnings, raise the first error as `InputError`."""
-    columns = cfg.data.data_iter_factory
     filename = cfg.data.data.filename
-    findings = check_anndata(
-        read_h5ad(filename, backed=True),
-        filename=filename,
-        perturbation_key=columns.perturbation_key,
-        perturbation_control_value=columns.perturbation_control_value,
-        covariate_keys=tuple(columns.get("covariate_keys") or ()),
-        perturbation_combination_delimiter=columns.get("perturbation_combination_delimiter"),
-    )
+    findings = check_anndata(read_h5ad(filename, backed=True), filename=filename, **columns_of(cfg))
     for finding in findings:
         if finding.level == "warning":
             console.print(f"[yellow]warning:[/yellow] {finding.sentence}", highlight=False)
     require(findings)
 
 
+def columns_of(cfg: DictConfig) -> dict[str, Any]:
+    """Names of the columns and labels of a run's data, by their keys in a training context."""
+    columns = cfg.data.data_iter_factory
+    return {
+        "perturbation_key": columns.perturbation_key,
+        "covariate_keys": list(columns.get("covariate_keys") or ()),
+        "perturbation_control_value": columns.perturbation_control_value,
+        "perturbation_combination_delimiter": columns.get("perturbation_combination_delimiter"),
+    }
+
+
 def split_cells(cfg: DictConfig) -> SplitCells:
     """The run's cells and split, read from the data file and from the split that the run saved."""
-    columns = cfg.data.data_iter_factory
+    columns = columns_of(cfg)
     adata = read_h5ad(cfg.data.data.filename)
     split = Path(cfg.paths.output_dir) / "train_test_split.csv"
     return SplitCells(
         adata=adata,
         split=read_split_csv(split, adata.obs_names),
-        perturbation_key=columns.perturbation_key,
-        covariate_keys=tuple(columns.get("covariate_keys") or ()),
-        control=columns.perturbation_control_value,
-        delimiter=columns.get("perturbation_combination_delimiter"),
+        perturbation_key=columns["perturbation_key"],
+        covariate_keys=tuple(columns["covariate_keys"]),
+        control=columns["perturbation_control_value"],
+        delimiter=columns["perturbation_combination_delimiter"],
     )
 
 
@@ -106,7 +124,7 @@ def tabulate_run(cfg: DictConfig, model: Any, console: Console) -> pd.DataFrame:
         test = cells.adata[cells.rows(["test"])][:, predicted.var_names].copy()
         n = predicted.obs.groupby("_condition_idx", observed=True).size().max()
         models = all_references(cells, names, int(n))
-        references = score(cfg, models, test, cfg.data.evaluation.evaluation_pipelines, console)
+        references = score_models(models, test, columns_of(cfg), cfg.data.evaluation.evaluation_pipelines, console)
         summary = pd.concat([summary, references.summary], axis=1)
         per_condition.append(references.per_condition)
     with replacing(folder / "table.csv") as temporary:
@@ -118,19 +136,6 @@ def tabulate_run(cfg: DictConfig, model: Any, console: Console) -> pd.DataFrame:
     return summary
 
 
-def score(
-    cfg: DictConfig, models: dict[str, ad.AnnData], reference: ad.AnnData, pipelines: Any, console: Console
-) -> EvaluationResult:
-    """Score predicted cells of several models against measured ones, with a progress bar."""
-    columns = cfg.data.data_iter_factory
-    context = {
-        "perturbation_key": columns.perturbation_key,
-        "perturbation_control_value": columns.perturbation_control_value,
-        "covariate_keys": list(columns.get("covariate_keys") or ()),
-    }
-    return score_models(models, reference, context, pipelines, console)
-
-
 def score_models(
     models: dict[str, ad.AnnData],
     reference: ad.AnnData,
@@ -140,8 +145,6 @@ def score_models(
     synthetic_controls: bool = False,
 ) -> EvaluationResult:
     """Score cells by model name; ``context`` names the columns and the control."""
-    from rich.progress import Progress
-
     evaluation = Evaluation(
         model_adatas=[with_controls(cells, reference, context, synthetic_controls) for cells in models.values()],
         model_names=list(models),
@@ -159,6 +162,46 @@ def score_models(
                 task, completed=done, total=total, description=f"Scoring {what}"
             ),
         )
+
+
+def evaluate_files(
+    predicted: str,
+    measured: str,
+    columns: dict[str, Any],
+    pipelines: str,
+    console: Console,
+    synthetic_controls: bool = False,
+    output: str | None = None,
+) -> pd.DataFrame:
+    """Score a file of predicted cells against a file of measured ones, print the table, save it under ``output``.
+
+    Parameters
+    ----------
+    columns
+        Names of the columns and of the control, by their keys in a training context.
+    pipelines
+        "paper" for the metrics of the paper, "default" or "mmd" for PerturBench's sets.
+
+    Raises
+    ------
+    InputError, DataError
+        On bad files, columns or cells.
+    """
+    files = {predicted: read_h5ad(predicted), measured: read_h5ad(measured)}
+    for name, adata in files.items():
+        missing = [key for key in (columns["perturbation_key"], *columns["covariate_keys"]) if key not in adata.obs]
+        if missing:
+            raise InputError(
+                f"{name} has no column {', '.join(map(repr, missing))} in obs; its columns are "
+                f"{', '.join(map(str, adata.obs.columns)) or '(none)'}; name yours with --perturbation-key and "
+                "--covariate-keys"
+            )
+    model = {Path(predicted).stem: files[predicted]}
+    result = score_models(model, files[measured], columns, PIPELINES[pipelines], console, synthetic_controls)
+    console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} conditions"))
+    if output is not None:
+        save_evaluation(result, Path(output))
+    return result.summary
 
 
 def predict_run(cfg: DictConfig, console: Console) -> Path:

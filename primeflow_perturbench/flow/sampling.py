@@ -18,8 +18,8 @@ class ODESolver:
     Attributes
     ----------
     method
-        ``euler``, ``midpoint``, ``rk4`` (the classical one) with ``steps`` equal steps, or ``dopri5`` (Dormand and Prince
-        1980) with step sizes chosen from ``rtol`` and ``atol``.
+        ``euler``, ``midpoint``, ``rk4`` (Kutta's 3/8 rule) with ``steps`` equal steps, or ``dopri5`` (Dormand and
+        Prince 1980) with step sizes chosen from ``rtol`` and ``atol``.
     steps
         Number of steps of a fixed-step method; an adaptive method does not read it.
     rtol, atol
@@ -66,11 +66,14 @@ class ODESolver:
         """
 
         def field(t: Tensor, x: Tensor) -> Tensor:
-            return velocity(x, t.to(x.dtype).expand(x.shape[0])).to(x.dtype)
+            # The guess of an adaptive solver's first step may look past the end.
+            return velocity(x, t.to(x.dtype).clamp(max=1.0).expand(x.shape[0])).to(x.dtype)
 
         if self.adaptive:
             times = torch.tensor([0.0, 1.0], dtype=x_0.dtype, device=x_0.device)
-            return odeint(field, x_0, times, method=self.method, rtol=self.rtol, atol=self.atol)[-1]
+            # Else it steps over t = 1, where the network was never trained, and interpolates back.
+            end = {"step_t": times[1:]}
+            return odeint(field, x_0, times, method=self.method, rtol=self.rtol, atol=self.atol, options=end)[-1]
         # torchdiffeq's "rk4" is the 3/8 rule; its step_size option is replaced by an explicit grid,
         # which steps in exactly `steps` equal steps whatever the rounding of 1 / steps.
         times = torch.linspace(0.0, 1.0, self.steps + 1, dtype=x_0.dtype, device=x_0.device)

@@ -79,7 +79,7 @@ Draw = Callable[[SplitCells, tuple, str, np.random.Generator, int], np.ndarray]
 
 
 def resample(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n rows of a matrix, with replacement."""
+    """N rows of a matrix, with replacement."""
     return x[rng.integers(len(x), size=n)]
 
 

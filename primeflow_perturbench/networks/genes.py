@@ -53,10 +53,17 @@ class GenePatches(nn.Module):
         Width of a token.
     patch
         Genes in a patch.
+
+    Raises
+    ------
+    ValueError
+        If ``patch`` is not positive.
     """
 
     def __init__(self, n_genes: int, channels: int, patch: int = 8):
         super().__init__()
+        if patch < 1:
+            raise ValueError(f"gene patches need a patch of at least one gene, got {patch}")
         self.n_genes, self.patch = n_genes, patch
         self.length = -(-n_genes // patch)
         self.read_in = nn.Parameter(torch.randn(self.length, patch, channels) / patch**0.5)

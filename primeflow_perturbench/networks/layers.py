@@ -39,10 +39,17 @@ class TimeConditionEmbedding(nn.Module):
         Features of a condition vector, C.
     width
         Features of the embedding, even.
+
+    Raises
+    ------
+    ValueError
+        If ``width`` is not positive and even.
     """
 
     def __init__(self, condition_width: int, width: int):
         super().__init__()
+        if width < 1 or width % 2:
+            raise ValueError(f"an embedding of time and condition needs a width, positive and even, got {width}")
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Sequential(nn.Linear(condition_width, width), nn.SiLU(), nn.Linear(width, width))

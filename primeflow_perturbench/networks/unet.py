@@ -35,10 +35,18 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the positions of a sequence, with a skip (Vaswani et al. 2017)."""
+    """Multi-head self-attention over the positions of a sequence, with a skip (Vaswani et al. 2017).
+
+    Raises
+    ------
+    ValueError
+        If ``heads`` does not divide ``channels``.
+    """
 
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"self-attention with {heads} heads needs channels that they divide, got {channels}")
         self.heads = heads
         self.norm = normalisation(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -75,7 +83,7 @@ class UNet(nn.Module):
     Raises
     ------
     ValueError
-        If a size is not positive.
+        If a size is not positive, or attention has heads that do not divide the channels.
     """
 
     def __init__(

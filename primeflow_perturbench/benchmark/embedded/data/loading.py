@@ -85,16 +85,22 @@ class BatchLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
+        *,
         sampler: EpochBatches,
         progress: Callable[[], tuple[int, int]] | None = None,
         **loader,
     ):
-        super().__init__(dataset, sampler=sampler, batch_size=None, collate_fn=noop_collate, **loader)
+        # Lightning builds loaders anew with every argument of `DataLoader`, these two among them.
+        loader |= {"batch_size": None, "collate_fn": noop_collate}
+        super().__init__(dataset, sampler=sampler, **loader)
         self._progress = progress
 
     def state_dict(self) -> dict[str, int]:
         """Where training stands and the seed that shuffles."""
         epoch, batch = self._progress() if self._progress else (0, 0)
+        if batch >= len(self.sampler):
+            # Workers fetch ahead as soon as the loader is restored, before the epoch is set.
+            epoch, batch = epoch + 1, 0
         return {"epoch": epoch, "batch": batch, "seed": self.sampler.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

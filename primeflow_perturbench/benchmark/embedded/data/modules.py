@@ -281,21 +281,21 @@ class AnnDataLitModule(L.LightningDataModule):
         seed = torch.initial_seed() % 2**31
         sampler = EpochBatches(len(self.train_iterator), self.batch_size, shuffle=True, seed=seed)
         progress = self._training_progress if self.trainer is not None else None
-        return BatchLoader(self.train_iterator, sampler, progress, **self.loader)
+        return BatchLoader(self.train_iterator, sampler=sampler, progress=progress, **self.loader)
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of validation cells in file order."""
-        return BatchLoader(self.val_iterator, EpochBatches(len(self.val_iterator), self.batch_size), **self.loader)
+        return BatchLoader(self.val_iterator, sampler=EpochBatches(len(self.val_iterator), self.batch_size), **self.loader)
 
     def test_dataloader(self) -> BatchLoader:
         """Chunks of test conditions."""
         chunk = int(self.evaluation.get("chunk_size", 20))
-        return BatchLoader(self.test_iterator, EpochBatches(len(self.test_iterator), chunk))
+        return BatchLoader(self.test_iterator, sampler=EpochBatches(len(self.test_iterator), chunk))
 
     def predict_dataloader(self) -> BatchLoader:
         """Chunks of conditions to predict."""
         chunk = int(self.prediction.get("chunk_size", 20))
-        return BatchLoader(self.predict_iterator, EpochBatches(len(self.predict_iterator), chunk))
+        return BatchLoader(self.predict_iterator, sampler=EpochBatches(len(self.predict_iterator), chunk))
 
 
 __all__ = ["AnnDataLitModule", "CounterfactualWithReference", "read_cells"]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import hydra
+import lightning as L
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from .train import load_record
+from .train import instantiate_all, load_record
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
@@ -22,8 +23,6 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         On a bad checkpoint, table or data.
     """
     if cfg.get("seed") is not None:
-        import lightning as L
-
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     record = load_record(cfg.ckpt_path)
     with open_dict(cfg):
@@ -37,6 +36,6 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
         cfg.ckpt_path, evaluation=None, map_location="cpu", weights_only=False
     )
     model.prediction_config = {"output_path": cfg.output_path}
-    trainer = hydra.utils.instantiate(cfg.trainer, logger=False, callbacks=[])
+    trainer = hydra.utils.instantiate(cfg.trainer, logger=False, callbacks=instantiate_all(cfg.get("callbacks")))
     trainer.predict(model, datamodule=datamodule, return_predictions=False)
     return {"trainer": trainer, "model": model, "datamodule": datamodule}

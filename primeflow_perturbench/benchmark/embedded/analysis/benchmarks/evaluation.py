@@ -84,16 +84,17 @@ class Evaluation:
         features: Sequence[str] | None = None,
     ) -> None:
         models = _named_models(model_adatas, model_names)
-        self.pert_col, self.ctrl = pert_col, ctrl
+        self.pert_col, self.ctrl = pert_col, None if ctrl is None else str(ctrl)
         self.cov_cols = [cov_cols] if isinstance(cov_cols, str) else list(cov_cols or [])
         self._ref = _Cells(REFERENCE, ref_adata, ref_adata.var_names, pert_col, self.cov_cols)
         genes = self._ref.select(features)
         self.genes, self.sorted_genes = genes, np.sort(genes)
-        self._models = {
-            name: _Cells(name, adata, genes, pert_col, self.cov_cols) for name, adata in models.items()
-        }
+        self._models = {name: _Cells(name, adata, genes, pert_col, self.cov_cols) for name, adata in models.items()}
         for cells in self._models.values():
+            if features is None:
+                cells.check_no_more_genes(genes)
             cells.check_finite()
+        self._ref.check_finite()
         self.conditions = self._match_conditions()
         self._groups: dict[str, list[str]] = {
             group: list(rows["perturbation"])
@@ -154,7 +155,7 @@ class Evaluation:
                     if pca is not None:
                         values = pca.transform_mean(values)
                     elif aggr_method == "logfc":
-                        control = self._controls(cells, group).mean(axis=0, dtype=np.float64)
+                        control = self._control_source(cells, group).mean(group, self.ctrl)
                         values = metrics.log_fold_change(values, control, pseudocount)
                 result[cells.name][group] = dict(zip(perturbations, values, strict=True))
         self.aggr[aggr_method] = result
@@ -164,9 +165,7 @@ class Evaluation:
     def require_controls(self) -> None:
         """Raise `DataError` unless every covariate group has control cells."""
         if self.ctrl is None:
-            raise DataError(
-                f"{', '.join(CONTROL_AGGREGATIONS)} need control cells: pass their label as ctrl."
-            )
+            raise DataError(f"{', '.join(CONTROL_AGGREGATIONS)} need control cells: pass their label as ctrl.")
         missing = [group for group in self._groups if (group, self.ctrl) not in self._ref.rows]
         if missing:
             raise DataError(
@@ -180,12 +179,21 @@ class Evaluation:
             self._pca[n_components] = fit
         return self._pca[n_components]
 
-    def _controls(self, cells: _Cells, group: str) -> np.ndarray:
-        source = cells if (group, self.ctrl) in cells.rows else self._ref
-        return source.of(group, self.ctrl)
+    def _control_source(self, cells: _Cells, group: str) -> _Cells:
+        return cells if (group, self.ctrl) in cells.rows else self._ref
 
     def _scores(self, cells: _Cells, group: str, aggr_method: str, use_control_variance: bool) -> np.ndarray:
-        controls = self._controls(cells, group)
+        source = self._control_source(cells, group)
+        spread = [(source, self.ctrl)]
+        if not use_control_variance:
+            spread += [(cells, p) for p in self._groups[group]]
+        for owner, label in spread:
+            if len(owner.rows[group, label]) < 2:
+                raise DataError(
+                    f"{aggr_method} compares variances, and there is one cell of {group}_{label} in "
+                    f"{owner.title[0].lower()}{owner.title[1:]}: give at least two."
+                )
+        controls = source.of(group, self.ctrl)
         perturbed = [cells.of(group, p) for p in self._groups[group]]
         # Squares are rounded in this dtype, and the variance of a constant gene is nothing but that rounding.
         dtype = np.result_type(controls, *perturbed)
@@ -218,7 +226,7 @@ class Evaluation:
         metric_kwargs
             Keywords of the metric.
         """
-        self._prepare(aggr_method, metric)
+        self._prepare(aggr_method, metric, metric_kwargs)
         reuse = self._pairwise_kwargs.get((aggr_method, metric)) == metric_kwargs
         rows = []
         for model, group, perturbations in self._model_groups():
@@ -236,7 +244,7 @@ class Evaluation:
 
         Parameters are those of `evaluate`.
         """
-        self._prepare(aggr_method, metric)
+        self._prepare(aggr_method, metric, metric_kwargs)
         result: dict[str, dict[str, pd.DataFrame]] = {model: {} for model in self._models}
         for model, group, perturbations in self._model_groups():
             values = self._compare(aggr_method, metric, model, group, metric_kwargs, paired=False)
@@ -255,7 +263,7 @@ class Evaluation:
 
         Parameters are those of `evaluate`.
         """
-        self._prepare(aggr_method, metric)
+        self._prepare(aggr_method, metric, metric_kwargs)
         if self._pairwise_kwargs.get((aggr_method, metric)) != metric_kwargs:
             self.evaluate_pairwise(aggr_method, metric, **metric_kwargs)
         rows = []
@@ -267,8 +275,10 @@ class Evaluation:
         self.rank_evals.setdefault(aggr_method, {})[metric] = frame
         return frame
 
-    def _prepare(self, aggr_method: str, metric: str) -> None:
+    def _prepare(self, aggr_method: str, metric: str, metric_kwargs: dict) -> None:
         check_pipeline(aggr_method, metric)
+        if metric == CELL_METRIC and metric_kwargs:
+            raise DataError(f"{CELL_METRIC} takes no keywords, but got {_some(metric_kwargs)}.")
         if aggr_method not in self.aggr:
             self.aggregate(aggr_method)
 
@@ -299,9 +309,7 @@ class Evaluation:
     def _within(self, aggr_method: str, name: str, group: str) -> np.ndarray:
         key = (aggr_method, name, group)
         if key not in self._self_distances:
-            self._self_distances[key] = metrics.mean_self_distances(
-                list(self.aggr[aggr_method][name][group].values())
-            )
+            self._self_distances[key] = metrics.mean_self_distances(list(self.aggr[aggr_method][name][group].values()))
         return self._self_distances[key]
 
     # ------------------------------------------------------------------------------------------------ checks
@@ -339,9 +347,7 @@ class Evaluation:
 class _Cells:
     """Cells of one AnnData by condition: row numbers, checked labels, and genes in the order asked for."""
 
-    def __init__(
-        self, name: str, adata: AnnData, genes: Iterable[str], pert_col: str, cov_cols: Sequence[str]
-    ) -> None:
+    def __init__(self, name: str, adata: AnnData, genes: Iterable[str], pert_col: str, cov_cols: Sequence[str]) -> None:
         self.name, self._x = name, adata.X
         if adata.X is None:
             raise DataError(f"{self.title} has no expression matrix X.")
@@ -364,12 +370,19 @@ class _Cells:
         genes = pd.Index(genes)
         missing = genes.difference(self._names, sort=False)
         if len(missing):
-            raise DataError(
-                f"{self.title} lacks {len(missing)} of the {len(genes)} genes to score: {_some(missing)}."
-            )
+            raise DataError(f"{self.title} lacks {len(missing)} of the {len(genes)} genes to score: {_some(missing)}.")
         columns = self._names.get_indexer(genes)
         whole = len(columns) == len(self._names) and (columns == np.arange(len(columns))).all()
         self._columns = slice(None) if whole else columns
+
+    def check_no_more_genes(self, genes: np.ndarray) -> None:
+        """Raise `DataError` if there are genes besides these."""
+        extra = self._names.difference(genes, sort=False)
+        if len(extra):
+            raise DataError(
+                f"{self.title} has {len(extra)} genes that the reference lacks: {_some(extra)}; pass the "
+                "genes to score as features."
+            )
 
     def select(self, features: Iterable[str] | None) -> np.ndarray:
         """Keep these genes, in the order they have in the data; return their names."""
@@ -459,9 +472,7 @@ def _named_models(
     names = [f"model_{i}" for i in range(len(adatas))] if names is None else names
     names = [names] if isinstance(names, str) else list(names)
     if not len(adatas) or len(names) != len(adatas):
-        raise DataError(
-            f"There are {len(adatas)} model AnnDatas and {len(names)} names: give as many, at least one."
-        )
+        raise DataError(f"There are {len(adatas)} model AnnDatas and {len(names)} names: give as many, at least one.")
     if len(set(names)) < len(names) or REFERENCE in names:
         raise DataError(f"Model names must differ from each other and from {REFERENCE!r}: {_some(names)}.")
     return dict(zip(names, adatas, strict=True))

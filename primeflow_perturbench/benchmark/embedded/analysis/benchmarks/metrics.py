@@ -15,6 +15,9 @@ import torch
 from scipy import stats
 from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
+from threadpoolctl import threadpool_limits
+
+from primeflow_perturbench.benchmark.embedded.errors import DataError
 
 _ROW_TILE = 256
 _COLUMN_TILE = 4096
@@ -155,13 +158,14 @@ class PrincipalComponents:
             return cls(mean, components)
         scatter = np.zeros((n_genes, n_genes))
         for block in blocks():
-            centred = (block - mean).astype(np.float32)
-            scatter += centred.T @ centred
+            centred = torch.from_numpy(block - mean).float()
+            scatter += (centred.T @ centred).numpy()
         return cls(mean, _top_eigenvectors(scatter, n_components))
 
     def transform(self, cells: np.ndarray) -> np.ndarray:
         """Cells (n_cells, n_genes) to components (n_cells, n_components), float32."""
-        return (cells - self.mean.astype(np.float32)).astype(np.float32) @ self.components.astype(np.float32)
+        centred = torch.from_numpy(cells - self.mean.astype(cells.dtype)).float()
+        return (centred @ torch.from_numpy(self.components).float()).numpy()
 
     def transform_mean(self, mean: np.ndarray) -> np.ndarray:
         """The mean of transformed cells, from the mean of the cells; float64."""
@@ -170,10 +174,12 @@ class PrincipalComponents:
 
 def _top_eigenvectors(symmetric: np.ndarray, n: int) -> np.ndarray:
     size = len(symmetric)
-    values, vectors = eigh(symmetric, subset_by_index=(max(0, size - n), size - 1))
+    # One thread: LAPACK's take turns here, and beside torch's they wait for each other ten times as long.
+    with threadpool_limits(1):
+        values, vectors = eigh(symmetric, subset_by_index=(max(0, size - n), size - 1))
     # Directions without variance are arbitrary, and a prediction must not be measured along them.
     rank = max(1, int((values > 1e-7 * values[-1]).sum()))
-    return vectors[:, ::-1][:, :rank]
+    return vectors[:, ::-1][:, :rank].copy()
 
 
 # --------------------------------------------------------------------------------------------------- metrics
@@ -221,6 +227,8 @@ def top_k_recall(predicted: np.ndarray, observed: np.ndarray, k: int = 50) -> np
 
     Of equal values the earlier gene counts as larger. With fewer than k genes, k is their number.
     """
+    if k < 1:
+        raise DataError(f"top_k_recall needs k of at least 1, got {k}.")
     k = min(k, predicted.shape[1])
     return _top_k_mask(predicted, k) @ _top_k_mask(observed, k).T / k
 
@@ -278,19 +286,17 @@ def mean_self_distances(sets: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([mean_distances([cells], [cells])[0, 0] for cells in sets])
 
 
-def energy_distances(
-    between: np.ndarray, self_predicted: np.ndarray, self_observed: np.ndarray
-) -> np.ndarray:
+def energy_distances(between: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """``E|x - y| - E|x - x'| / 2 - E|y - y'| / 2``, which PerturBench calls mmd [SzekelyRizzo2013].
 
     Parameters
     ----------
     between
-        ``E|x - y|``, shape (n, m).
-    self_predicted, self_observed
+        ``E|x - y|``: shape (n, m) for all pairs of sets, (n,) for pairs of a prediction and its observation.
+    predicted, observed
         ``E|x - x'|``, shape (n,), and ``E|y - y'|``, shape (m,).
     """
-    return between - self_predicted[:, None] / 2 - self_observed[None, :] / 2
+    return between - (predicted[:, None] if between.ndim == 2 else predicted) / 2 - observed / 2
 
 
 def _tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:

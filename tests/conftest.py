@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+os.environ["PRIMEFLOW_BENCHMARK"] = "embedded"
+# Tests are many and tiny: threads would wait for each other more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import anndata as ad
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from primeflow_perturbench import resolvers
+
+DATA = Path(__file__).parent / "data"
+torch.set_num_threads(1)
+resolvers.register()
+
+
+@pytest.fixture(autouse=True)
+def _no_global_hydra():
+    """Each test may start Hydra anew."""
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def screen_path() -> Path:
+    """A simulated screen with pairs: 2,820 cells, 128 genes, 3 lines."""
+    return DATA / "screen" / "screen.h5ad"
+
+
+@pytest.fixture
+def screen(screen_path) -> ad.AnnData:
+    """The cells of `screen_path`."""
+    return ad.read_h5ad(screen_path)

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from primeflow_perturbench.networks.layers import (
+    TimeConditionEmbedding,
+    normalisation,
+    sinusoidal_embedding,
+    zero_initialised,
+)
+
+
+def test_the_time_embedding_equals_a_plain_rewrite():
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    expected = np.zeros((3, 10))
+    for row, time in enumerate(t.tolist()):
+        for k in range(5):
+            angle = 1000 * time * 10_000 ** (-k / 5)
+            expected[row, k], expected[row, 5 + k] = np.cos(angle), np.sin(angle)
+    found = sinusoidal_embedding(t, 10)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-10)
+    assert found.dtype == torch.float64
+    assert np.ptp(expected, axis=0).min() > 0.01
+
+
+def test_times_of_a_fine_grid_have_different_embeddings():
+    embedded = sinusoidal_embedding(torch.linspace(0, 1, 101), 32)
+    distances = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
+    assert distances.min() > 0.5
+    # The longest wave, which tells 0 from 1, falls all along.
+    assert (sinusoidal_embedding(torch.linspace(0, 1, 101), 2, max_period=1.0)[:, 0] != 1).any()
+
+
+def test_time_and_condition_add():
+    torch.manual_seed(0)
+    embed = TimeConditionEmbedding(4, 8)
+    t, condition = torch.rand(3), torch.randn(3, 4)
+    expected = embed.time(sinusoidal_embedding(t, 8)) + embed.condition(condition)
+    torch.testing.assert_close(embed(t, condition), expected)
+    both = embed(t, condition) - embed(t, condition.flip(0))
+    other_time = embed(t.flip(0), condition) - embed(t.flip(0), condition.flip(0))
+    torch.testing.assert_close(both, other_time, rtol=0, atol=1e-5)
+    assert both[0].abs().max() > 0.01
+
+
+def test_the_first_layer_of_a_pair_is_the_sum_of_its_parts():
+    torch.manual_seed(0)
+    first = TimeConditionEmbedding(4, 8).condition[0]
+    a, b, none = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0]), torch.zeros(4)
+    torch.testing.assert_close(first(a + b) - first(none), first(a) + first(b) - 2 * first(none))
+
+
+@pytest.mark.parametrize("width", [0, 7, -2])
+def test_an_odd_embedding_is_refused(width):
+    with pytest.raises(ValueError, match=f"positive and even, got {width}"):
+        TimeConditionEmbedding(4, width)
+
+
+def test_zero_initialised_returns_the_same_module_with_zeros():
+    conv = nn.Conv1d(2, 3, 3)
+    assert conv.weight.abs().sum() > 0
+    assert zero_initialised(conv) is conv
+    assert sum(parameter.abs().sum() for parameter in conv.parameters()) == 0
+    assert conv.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (2, 1), (8, 4), (12, 4), (32, 16), (48, 16), (64, 32), (128, 32), (7, 1), (96, 32)]
+)
+def test_groups_divide_the_channels_and_hold_two_or_more(channels, groups):
+    norm = normalisation(channels)
+    assert norm.num_groups == groups
+    assert channels % norm.num_groups == 0
+    assert channels == 1 or channels // norm.num_groups >= 2
+
+
+def test_normalisation_equals_a_plain_rewrite():
+    h = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = normalisation(8).double()
+    grouped = h.numpy().reshape(2, norm.num_groups, -1)
+    mean, var = grouped.mean(-1, keepdims=True), grouped.var(-1, keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(2, 8, 5)
+    np.testing.assert_allclose(norm(h).detach().numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("channels", [2, 8, 32])
+def test_one_cell_of_one_position_is_not_normalised_to_nothing(channels):
+    """A group of one channel would hold one number there, whose normal form is zero whatever it is."""
+    norm = normalisation(channels)
+    h = torch.randn(1, channels, 1, generator=torch.Generator().manual_seed(0))
+    assert norm(h).abs().max() > 0.5

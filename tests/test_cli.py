@@ -1,0 +1,263 @@
+"""The command line as a person meets it: tables, files, and one sentence for bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from primeflow_perturbench.cli import main
+
+TINY = [
+    "experiment=devel/transfer",
+    "model=primeflow_mlp",
+    "model.network.width=32",
+    "model.network.depth=1",
+    "model.network.embedding_width=16",
+    "model.solver.method=midpoint",
+    "model.solver.steps=2",
+    "model.cells_per_condition=40",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "~callbacks.progress_bar",
+    "data.evaluation.chunk_size=4",
+]
+
+
+def call(monkeypatch, *arguments):
+    """Run ``primeflow`` in this process."""
+    monkeypatch.setattr(sys, "argv", ["primeflow", *map(str, arguments)])
+    main()
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    """The sentence with which ``primeflow`` refuses."""
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, screen_path):
+    """Folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(patch, "train", *TINY, f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")
+    return folder
+
+
+def test_a_run_leaves_everything_that_a_table_needs(run):
+    files = {path.name for path in run.iterdir()}
+    assert {
+        "config.yaml",
+        "train_test_split.csv",
+        "perturbation_covariate_split_map.csv",
+        "summary.csv",
+        "summary_by_cov.csv",
+        "per_condition.parquet",
+        "table.csv",
+        "predicted.h5ad",
+        "environment.json",
+    } <= files
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert not [name for name in files if name.endswith(".part")]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["steps"] == 6
+    assert environment["versions"]["torch"]
+    assert environment["hardware"]["cores"] >= 1
+
+
+def test_the_table_has_the_references_beside_the_model(run):
+    table = pd.read_csv(run / "table.csv", index_col=0)
+    assert table.columns.tolist() == ["PRiMeFlow", "control", "training_mean", "additive", "ceiling"]
+    assert {"mmd_none", "mmd_pca", "top_k_recall_scores", "cosine_logfc", "rmse_average"} <= set(table.index)
+    # An untrained model is far from the data, a resampled replicate is near: the rows are not interchangeable.
+    assert table.loc["mmd_none", "ceiling"] < 0.8 * table.loc["mmd_none", "control"]
+    assert table.loc["mmd_none", "ceiling"] < 0.5 * table.loc["mmd_none", "PRiMeFlow"]
+
+
+def test_the_table_is_the_mean_of_the_conditions(run):
+    table = pd.read_csv(run / "table.csv", index_col=0)
+    conditions = pd.read_parquet(run / "per_condition.parquet")
+    means = conditions.groupby(["metric", "model"])["value"].mean().unstack()
+    for model in table.columns:
+        np.testing.assert_allclose(means.loc[table.index, model], table[model], rtol=1e-6)
+
+
+def test_generated_cells_are_the_held_out_conditions(run):
+    cells = ad.read_h5ad(run / "predicted.h5ad")
+    split = pd.read_csv(run / "train_test_split.csv", header=None, index_col=0)[1]
+    observed = ad.read_h5ad(pd.Series(_config(run)["data"]["data"])["filename"]).obs
+    held_out = observed[(split.reindex(observed.index) == "test") & (observed.condition != "control")]
+    expected = set(zip(held_out.cell_type.astype(str), held_out.condition.astype(str), strict=True))
+    sizes = cells.obs.groupby(["cell_type", "condition"], observed=True).size()
+    assert set(sizes.index) == expected
+    assert (sizes == 40).all()
+    assert cells.X.min() >= 0
+
+
+def _config(run):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+
+
+def test_test_again_from_a_checkpoint_without_the_detection_limit(run, tmp_path, monkeypatch, screen_path):
+    """Same weights and noise; what the limit had set to zero comes back, what it kept is unchanged."""
+    call(
+        monkeypatch,
+        "train",
+        *TINY,
+        f"data.data.filename={screen_path}",
+        f"hydra.run.dir={tmp_path}",
+        "train=false",
+        f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+        "model.detection_limit=none",
+        "references=[]",
+    )
+    limited = _dense(ad.read_h5ad(run / "predicted.h5ad"))
+    free = _dense(ad.read_h5ad(tmp_path / "predicted.h5ad"))
+    kept = limited > 0
+    np.testing.assert_array_equal(free[kept], limited[kept])
+    assert (free[~kept] > 0).any()
+
+
+def _dense(adata):
+    return adata.X.toarray() if sp.issparse(adata.X) else np.asarray(adata.X)
+
+
+def test_predict_writes_the_conditions_of_a_table(run, tmp_path, monkeypatch):
+    conditions = pd.DataFrame({"cell_type": ["alpha", "beta"], "condition": ["G0+G7", "G1"]})
+    conditions.to_csv(tmp_path / "conditions.csv", index=False)
+    call(
+        monkeypatch,
+        "predict",
+        f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+        f"prediction_dataframe_path={tmp_path / 'conditions.csv'}",
+        f"output_path={tmp_path / 'out'}",
+        f"hydra.run.dir={tmp_path / 'hydra'}",
+        "~callbacks.progress_bar",
+    )
+    parts = [ad.read_h5ad(path) for path in sorted((tmp_path / "out").glob("*.h5ad"))]
+    cells = ad.concat(parts)
+    sizes = cells.obs.groupby(["cell_type", "condition"], observed=True).size().to_dict()
+    assert sizes == {("alpha", "G0+G7"): 40, ("beta", "G1"): 40}
+
+
+def test_evaluate_scores_files_as_the_run_did(run, tmp_path, monkeypatch, screen_path):
+    split = pd.read_csv(run / "train_test_split.csv", header=None, index_col=0)[1]
+    measured = ad.read_h5ad(screen_path)
+    measured[(split.reindex(measured.obs_names) == "test").to_numpy()].write_h5ad(tmp_path / "measured.h5ad")
+    out = tmp_path / "scores"
+    files = [run / "predicted.h5ad", tmp_path / "measured.h5ad"]
+    call(monkeypatch, "evaluate", *files, "--covariate-keys", "cell_type", "--output", out)
+    again = pd.read_csv(out / "summary.csv", index_col=0)["predicted"]
+    first = pd.read_csv(run / "summary.csv", index_col=0)["PRiMeFlow"]
+    np.testing.assert_allclose(again[first.index], first, rtol=1e-3)
+
+
+def test_bad_input_to_evaluate(run, tmp_path, monkeypatch, capsys, screen_path):
+    predicted = run / "predicted.h5ad"
+    sentence = refused(monkeypatch, capsys, "evaluate", predicted, tmp_path / "absent.h5ad")
+    assert "absent.h5ad" in sentence
+    sentence = refused(monkeypatch, capsys, "evaluate", predicted, screen_path, "--perturbation-key", "guide")
+    assert "has no column 'guide'" in sentence
+    assert "condition" in sentence
+
+
+def write(screen, folder, name="bad.h5ad"):
+    """Write cells and give their path."""
+    screen.write_h5ad(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda a: a.obs.drop(columns="condition", inplace=True), "condition"),
+        (lambda a: a.obs.drop(columns="cell_type", inplace=True), "cell_type"),
+        (lambda a: a.obs.__setitem__("condition", a.obs.condition.astype(str).replace("control", "ctrl")), "control"),
+        (lambda a: setattr(a, "X", sp.csr_matrix(np.expm1(a.X.toarray()).round())), "count"),
+        (lambda a: a.X.data.__setitem__(0, np.nan), "NaN"),
+        (lambda a: a.X.data.__setitem__(0, -1.0), "negative"),
+        (lambda a: setattr(a, "var_names", ["twice"] * 2 + a.var_names[2:].tolist()), "twice"),
+        (lambda a: setattr(a, "obs_names", ["same"] * 2 + a.obs_names[2:].tolist()), "same"),
+    ],
+    ids=["no condition", "no covariate", "no controls", "counts", "nan", "negative", "gene twice", "cell twice"],
+)
+def test_bad_cells_are_refused_in_one_sentence(spoil, expected, screen, tmp_path, monkeypatch, capsys):
+    screen.X = sp.csr_matrix(screen.X)
+    spoil(screen)
+    path = write(screen, tmp_path)
+    sentence = refused(
+        monkeypatch, capsys, "train", *TINY, f"data.data.filename={path}", f"hydra.run.dir={tmp_path / 'run'}"
+    )
+    assert expected in sentence
+    assert "bad.h5ad" in sentence
+
+
+def test_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, screen_path):
+    def sentence(*overrides):
+        folder = f"hydra.run.dir={tmp_path / 'run'}"
+        return refused(monkeypatch, capsys, "train", *TINY, folder, f"data.data.filename={screen_path}", *overrides)
+
+    assert "no file" in sentence(f"data.data.filename={tmp_path / 'absent.h5ad'}") or "absent.h5ad" in sentence(
+        f"data.data.filename={tmp_path / 'absent.h5ad'}"
+    )
+    assert "condition_dropout must be at least 0" in sentence("model.condition_dropout=1.5")
+    assert "detection_limit must be" in sentence("model.detection_limit=magic")
+    assert "unknown solver" in sentence("model.solver.method=leapfrog")
+    assert "there is no checkpoint" in sentence("train=false", "ckpt_path=absent.ckpt")
+    assert "needs ckpt_path" in sentence("train=false")
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    assert "is not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
+    assert "unknown reference" in sentence("references=[magic]")
+
+
+def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
+    sentence = refused(monkeypatch, capsys, "train", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "data.data.filename=" in sentence
+
+
+def test_predict_names_an_unseen_perturbation(run, tmp_path, monkeypatch, capsys):
+    pd.DataFrame({"cell_type": ["alpha"], "condition": ["NOVEL1"]}).to_csv(tmp_path / "c.csv", index=False)
+    sentence = refused(
+        monkeypatch,
+        capsys,
+        "predict",
+        f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+        f"prediction_dataframe_path={tmp_path / 'c.csv'}",
+        f"output_path={tmp_path / 'out'}",
+        f"hydra.run.dir={tmp_path / 'hydra'}",
+        "~callbacks.progress_bar",
+    )
+    assert "NOVEL1" in sentence
+    assert "not seen in training" in sentence
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_a_checkpoint_outside_a_run_is_refused(run, tmp_path, monkeypatch, capsys):
+    shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "alone.ckpt")
+    arguments = [f"ckpt_path={tmp_path / 'alone.ckpt'}", "prediction_dataframe_path=c.csv"]
+    sentence = refused(monkeypatch, capsys, "predict", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
+    assert "does not lie in a run's folder" in sentence
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['primeflow', '--help']\n"
+        "from primeflow_perturbench.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported for a help text'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "primeflow train experiment=quickstart" in done.stdout
