@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint` that also saves the last step of a run, however ``every_n_train_steps`` falls.
+    """Lightning's `ModelCheckpoint` that also saves the step at which ``max_steps`` ends a run.
 
     Takes the arguments of `ModelCheckpoint`.
     """

@@ -151,3 +151,7 @@ def _evaluate() -> None:
             output=chosen.output,
         )
     )
+
+
+if __name__ == "__main__":
+    main()

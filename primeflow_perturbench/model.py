@@ -17,6 +17,7 @@ from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
 from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 
 PerturbationModel = load("modelcore.models.PerturbationModel")
 Batch = load("data.types.Batch")
@@ -36,6 +37,9 @@ class PRiMeFlow(PerturbationModel):
         Injected by the host, see its `PerturbationModel`. Cell embeddings are not read.
     network
         ``(n_genes, condition_width) -> nn.Module``, a velocity network of ``networks/``.
+    precondition
+        Whether the network learns only what a Gaussian of each gene does not already say, see
+        `networks.preconditioning`.
     condition_dropout
         Share of training cells that see the null condition.
     guidance
@@ -74,6 +78,7 @@ class PRiMeFlow(PerturbationModel):
         embedding_width: int | None = None,
         perturbation_embedding_width: int | None = None,
         gene_names: Sequence[str] | None = None,
+        precondition: bool = False,
         condition_dropout: float = 0.2,
         guidance: float = 1.0,
         solver: ODESolver | None = None,
@@ -95,6 +100,10 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
         if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
             raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
+        if isinstance(detection_limit, float | int) and not detection_limit >= 0:
+            raise InputError(f"detection_limit must be at least 0, got {detection_limit}")
+        if sample_batch_size < 1:
+            raise InputError(f"sample_batch_size must be at least 1, got {sample_batch_size}")
         super().__init__(
             n_genes=n_genes,
             n_perts=n_perts,
@@ -111,6 +120,8 @@ class PRiMeFlow(PerturbationModel):
         self.gene_names = None if gene_names is None else list(gene_names)
         self.encoder = ConditionEncoder(self.n_input_perturbation_features, context.get("covariate_uniques") or {})
         self.network = network(n_genes, self.encoder.width)
+        if precondition:
+            self.network = GaussianPreconditioning(self.network, n_genes)
         self.path = StraightPath()
         self.solver = solver or ODESolver()
         self.condition_dropout, self.guidance, self.seed = condition_dropout, guidance, seed or 0
@@ -119,16 +130,24 @@ class PRiMeFlow(PerturbationModel):
         self.learnt_detection_limit: float | None = None
 
     def on_fit_start(self) -> None:
-        """Look at the training cells once: refuse what is not log1p expression, learn the detection limit."""
-        if self.learnt_detection_limit is not None:
-            return
+        """Look at the training cells once: refuse what is not log1p expression, learn what is not trained."""
+        if self.trainer.datamodule is None:
+            raise InputError("PRiMeFlow learns from the training cells before it trains: fit it with a data module")
         survey = ExpressionSurvey()
         for batch in self.trainer.datamodule.train_dataloader():
             survey.add(batch.gene_expression)
             if survey.cells >= self.SURVEYED_CELLS:
                 break
         refuse_unusable(survey)
-        self.learnt_detection_limit = self.trainer.strategy.broadcast(learn_detection_limit(survey))
+        resumed = self.trainer.ckpt_path is not None and self.learnt_detection_limit is not None
+        if not resumed:
+            self._learn(self.trainer.strategy.broadcast(survey))
+
+    def _learn(self, survey: ExpressionSurvey) -> None:
+        """Take from the surveyed training cells what is not trained by gradients."""
+        self.learnt_detection_limit = learn_detection_limit(survey)
+        if isinstance(self.network, GaussianPreconditioning):
+            self.network.set_statistics(survey.mean, survey.std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
@@ -164,7 +183,13 @@ class PRiMeFlow(PerturbationModel):
 
     @torch.no_grad()
     def generate(self, condition: Tensor) -> Tensor:
-        """Generated expression (N, G) on the CPU for condition vectors (N, C)."""
+        """Generated expression (N, G) on the CPU for condition vectors (N, C).
+
+        Raises
+        ------
+        InputError
+            If the limit is to be learnt and is not, or the network gives values that are not finite.
+        """
         limit = self._limit()
         generator = CellGenerator(
             self.network,
@@ -175,7 +200,10 @@ class PRiMeFlow(PerturbationModel):
             seed=self.seed,
             sample_batch_size=self.sample_batch_size,
         )
-        return generator.generate(condition, finish=lambda x: decode_expression(x, limit))
+        cells = generator.generate(condition, finish=lambda x: decode_expression(x, limit))
+        if not torch.isfinite(cells).all():
+            raise InputError("generated cells hold NaN or infinite values: training diverged; lower lr and train again")
+        return cells
 
     def _limit(self) -> float | None:
         if self.detection_limit != "learnt":

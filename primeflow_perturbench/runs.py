@@ -31,6 +31,9 @@ from primeflow_perturbench.leaderboard.table import metrics_table
 
 log = logging.getLogger(__name__)
 
+# Status of a program ended by SIGINT.
+INTERRUPTED = 130
+
 PAPER_PIPELINES = [
     {"aggregation": "none", "metric": "mmd", "rank": True},
     {"aggregation": "pca", "metric": "mmd", "rank": True},
@@ -63,7 +66,13 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
     write_json(folder / "environment.json", record)
     start = time.perf_counter()
-    done = load("modelcore.train.train")(cfg)
+    try:
+        done = load("modelcore.train.train")(cfg)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C, once the callbacks have saved
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            console.print(f"Interrupted. The same command with ckpt_path={checkpoint} goes on where it stopped.")
+        raise SystemExit(INTERRUPTED) from stop
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 from primeflow_perturbench.cli import main
 
@@ -250,6 +253,39 @@ def test_a_checkpoint_outside_a_run_is_refused(run, tmp_path, monkeypatch, capsy
     arguments = [f"ckpt_path={tmp_path / 'alone.ckpt'}", "prediction_dataframe_path=c.csv"]
     sentence = refused(monkeypatch, capsys, "predict", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
     assert "does not lie in a run's folder" in sentence
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
+    """Interrupt in mid-epoch, resume, and end at the step that was asked for."""
+    settings = [argument for argument in TINY if not argument.startswith("trainer.")]
+    settings += ["test=false", f"data.data.filename={screen_path}", "trainer.val_check_interval=10000"]
+    settings += ["data.loader.batch_size=16", "trainer.enable_progress_bar=false"]
+    start = [sys.executable, "-m", "primeflow_perturbench.cli", "train", *settings]
+    start[start.index("trainer.enable_progress_bar=false")] = "+trainer.enable_progress_bar=false"
+    process = subprocess.Popen(
+        [*start, "trainer.max_steps=1000000", f"hydra.run.dir={tmp_path / 'a'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = tmp_path / "a" / "logs" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    checkpoint = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    assert process.returncode == 130, output
+    assert "ckpt_path=" in output
+    reached = torch.load(checkpoint, weights_only=False)["global_step"]
+    assert reached > 0
+    done = subprocess.run(
+        [*start, f"trainer.max_steps={reached + 5}", f"hydra.run.dir={tmp_path / 'b'}", f"ckpt_path={checkpoint}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == reached + 5
 
 
 def test_help_imports_no_torch():

@@ -19,6 +19,7 @@ class ExpressionSurvey:
         self.histogram = torch.zeros(round(highest / self.bin_width), dtype=torch.float64)
         self.cells = self.negative = self.not_finite = 0
         self.fractional = False
+        self._sum = self._squares = torch.zeros(1, dtype=torch.float64)
         self.largest = 0.0
 
     def add(self, expression: Tensor) -> None:
@@ -26,6 +27,9 @@ class ExpressionSurvey:
         self.cells += len(expression)
         finite = torch.isfinite(expression)
         self.not_finite += int((~finite).sum())
+        exact = expression.detach().double().cpu()
+        self._sum = self._sum + exact.sum(0)
+        self._squares = self._squares + exact.square().sum(0)
         values = expression[finite & (expression != 0)].double().cpu()
         self.negative += int((values < 0).sum())
         positive = values[values > 0]
@@ -36,12 +40,22 @@ class ExpressionSurvey:
         bins = (positive / self.bin_width).long().clamp(max=len(self.histogram) - 1)
         self.histogram += torch.bincount(bins, minlength=len(self.histogram)).double()
 
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each gene, shape (G,)."""
+        return self._sum / max(self.cells, 1)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each gene, shape (G,)."""
+        return (self._squares / max(self.cells, 1) - self.mean**2).clamp(min=0).sqrt()
+
     def quantile(self, q: float) -> float:
         """Quantile of the positive values, to half a bin; 0 if there are none."""
         total = self.histogram.sum()
         if total == 0:
             return 0.0
-        first = int(torch.searchsorted(self.histogram.cumsum(0), q * total))
+        first = int(torch.searchsorted(self.histogram.cumsum(0), (q * total).clamp(min=1)))
         return (min(first, len(self.histogram) - 1) + 0.5) * self.bin_width
 
     @property
@@ -61,6 +75,9 @@ def learn_detection_limit(survey: ExpressionSurvey, quantile: float = 0.1) -> fl
 
 
 def decode_expression(x: Tensor, detection_limit: float | None) -> Tensor:
-    """Expression (B, G) of generated values (B, G): values below the limit, and negative ones, become exactly 0."""
+    """Expression (B, G) of generated values (B, G): values below the limit, and negative ones, become exactly 0.
+
+    NaN stays NaN, so that a network that has diverged does not pass for cells without expression.
+    """
     limit = 0.0 if detection_limit is None else max(detection_limit, 0.0)
-    return torch.where(x >= limit, x.clamp(min=0.0), torch.zeros_like(x))
+    return torch.where(x < limit, torch.zeros_like(x), x)

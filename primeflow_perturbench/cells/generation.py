@@ -12,9 +12,14 @@ from primeflow_perturbench.flow.sampling import ODESolver
 TILE = 32
 
 
+def unsigned_zeros(condition: Tensor) -> Tensor:
+    """Condition vectors in float32 on the CPU whose bytes are equal where their numbers are: -0.0 becomes 0.0."""
+    return condition.to("cpu", torch.float32) + 0.0
+
+
 def condition_generator(seed: int, condition: Tensor) -> torch.Generator:
     """Generator of a condition's own: seeded by a hash of the seed and the condition vector (C,)."""
-    message = seed.to_bytes(16, "little", signed=True) + condition.to("cpu", torch.float32).numpy().tobytes()
+    message = seed.to_bytes(16, "little", signed=True) + unsigned_zeros(condition).numpy().tobytes()
     digest = hashlib.sha256(message).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -22,7 +27,7 @@ def condition_generator(seed: int, condition: Tensor) -> torch.Generator:
 def group_rows(condition: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Distinct condition vectors in order of first appearance, each with the rows (n,) that hold it."""
     rows: dict[bytes, list[int]] = {}
-    for row, vector in enumerate(condition.to("cpu", torch.float32).numpy()):
+    for row, vector in enumerate(unsigned_zeros(condition).numpy()):
         rows.setdefault(vector.tobytes(), []).append(row)
     return [(condition[found[0]], torch.tensor(found)) for found in rows.values()]
 

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
-# Metric key -> (heading, whether higher is better); "mmd" is PerturBench's key of the energy distance.
+# Metric key -> (heading, whether higher is better).
 COLUMNS = {
-    "mmd_none": ("energy distance\ngenes", False),
-    "mmd_pca": ("energy distance\nPCA", False),
-    "top_k_recall_scores": ("recall\n@50", True),
-    "cosine_logfc": ("cosine\nlogFC", True),
-    "rmse_average": ("RMSE\nmean", False),
-    "mmd_rank_none": ("rank\nE genes", False),
-    "cosine_rank_logfc": ("rank\nlogFC", False),
+    "mmd_none": ("E genes", False),
+    "mmd_pca": ("E PCA", False),
+    "top_k_recall_scores": ("recall@50", True),
+    "cosine_logfc": ("cos logFC", True),
+    "rmse_average": ("RMSE", False),
+    "mmd_rank_none": ("rank E", False),
+    "cosine_rank_logfc": ("rank cos", False),
 }
+CAPTION = (
+    "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall@50: of the top DE genes; "
+    "cos logFC: cosine of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance. "
+    "Means over conditions; best in bold, the ceiling aside."
+)
 LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
 CEILING = "ceiling"
 
@@ -37,11 +42,11 @@ def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (
         Rows that do not compete, such as the ceiling.
     """
     shown = [key for key in COLUMNS if key in summary.index] or list(summary.index)
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    table.add_column("", no_wrap=True)
     for key in shown:
         name, higher = heading(key)
-        table.add_column(f"{name} {'↑' if higher else '↓'}", justify="right", no_wrap=False)
+        table.add_column(f"{name}{'↑' if higher else '↓'}", justify="right", no_wrap=True)
     competing = [model for model in summary.columns if model not in unranked]
     best = {
         key: summary.loc[key, competing].max() if heading(key)[1] else summary.loc[key, competing].min()

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from primeflow_perturbench.networks.layers import normalisation, zero_initialised
 
 
+def read_out_norm(length: int, channels: int) -> nn.GroupNorm:
+    """Group normalisation of a sequence; of one position over all channels, since one value has no spread."""
+    return normalisation(channels, groups=32 if length > 1 else 1)
+
+
 class GeneTokens(nn.Module):
     """One token a gene: ``token_g = x_g a + e_g`` with a shared vector ``a`` and the gene's own embedding ``e_g``.
 
@@ -27,7 +32,7 @@ class GeneTokens(nn.Module):
         self.value = nn.Parameter(torch.randn(channels))
         self.embedding = nn.Parameter(torch.randn(channels, n_genes))
         self.read_out = nn.Sequential(
-            normalisation(channels), nn.SiLU(), zero_initialised(nn.Conv1d(channels, 1, 3, padding=1))
+            read_out_norm(self.length, channels), nn.SiLU(), zero_initialised(nn.Conv1d(channels, 1, 3, padding=1))
         )
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ class GenePatches(nn.Module):
         self.length = -(-n_genes // patch)
         self.read_in = nn.Parameter(torch.randn(self.length, patch, channels) / patch**0.5)
         self.embedding = nn.Parameter(torch.randn(self.length, channels))
-        self.norm = normalisation(channels)
+        self.norm = read_out_norm(self.length, channels)
         self.read_out = nn.Parameter(torch.zeros(self.length, channels, patch))
         self.bias = nn.Parameter(torch.zeros(n_genes))
 

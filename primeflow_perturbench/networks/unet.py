@@ -139,7 +139,9 @@ class UNet(nn.Module):
         embedding = self.embed(t, condition)
         h = self.genes.tokens(x)
         length = h.shape[-1]
-        h = self.stem(nn.functional.pad(h, (0, -length % self.stride)))
+        # At least two positions at the lowest resolution: a single one would be normalised to nothing.
+        padded = max(2 * self.stride, length + -length % self.stride)
+        h = self.stem(nn.functional.pad(h, (0, padded - length)))
         skips = [h]
         for layer in self.down:
             h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)

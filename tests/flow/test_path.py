@@ -64,7 +64,13 @@ def test_each_cell_has_a_time_of_its_own_and_the_sample_keeps_what_made_it():
 
 @pytest.mark.parametrize(
     ("shape_0", "shape_1", "shape_t"),
-    [((6, 4), (6, 3), (6,)), ((6, 4), (5, 4), (6,)), ((6, 4), (6, 4), (5,)), ((6, 4), (6, 4), (6, 1)), ((6, 4), (6, 4), ())],
+    [
+        ((6, 4), (6, 3), (6,)),
+        ((6, 4), (5, 4), (6,)),
+        ((6, 4), (6, 4), (5,)),
+        ((6, 4), (6, 4), (6, 1)),
+        ((6, 4), (6, 4), ()),
+    ],
 )
 def test_shapes_that_do_not_fit_are_refused(shape_0, shape_1, shape_t):
     with pytest.raises(ValueError, match=r"one shape \(B, G\) and t of shape \(B,\)"):

@@ -133,6 +133,19 @@ def test_an_adaptive_solver_does_not_ask_for_times_past_the_end(x_0, speed):
     assert torch.stack(velocity.times).max() <= 1
 
 
+def test_the_last_step_of_an_adaptive_solver_ends_at_the_end(x_0):
+    """Else it would step over t = 1 and interpolate back between points of which one is no solution."""
+    visited = []
+
+    def velocity(x, t):
+        visited.append(x)
+        return 0.1 * x
+
+    x_1 = ODESolver(method="dopri5").integrate(velocity, x_0)
+    torch.testing.assert_close(visited[-1], x_1, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x_1, x_0 * np.exp(0.1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_flows_through_the_solve(matrix, x_0, method):
     start, coefficients = x_0.clone().requires_grad_(), matrix.clone().requires_grad_()

@@ -104,6 +104,7 @@ def test_bad_names_and_missing_controls():
     cells = hand_made()
     with pytest.raises(InputError, match="unknown reference 'magic': choose from control"):
         reference_cells(cells, "magic")
-    lone = SplitCells(cells.adata, cells.split.where(cells.adata.obs.label != "control"), "label", ("line",), "control", "+")
+    split = cells.split.where(cells.adata.obs.label != "control")
+    lone = SplitCells(cells.adata, split, "label", ("line",), "control", "+")
     with pytest.raises(InputError, match="covariate group b has no control cells in train or val"):
         reference_cells(lone, "control")

@@ -51,9 +51,7 @@ def test_the_read_out_of_gene_tokens_equals_a_loop(n_genes):
     active = silu(plain_norm(hidden.numpy(), norm))
     weight, bias = conv.weight.detach().numpy()[0], conv.bias.item()
     padded = np.pad(active, ((0, 0), (0, 0), (1, 1)))
-    expected = np.array(
-        [[(padded[b, :, g : g + 3] * weight).sum() + bias for g in range(n_genes)] for b in range(2)]
-    )
+    expected = np.array([[(padded[b, :, g : g + 3] * weight).sum() + bias for g in range(n_genes)] for b in range(2)])
     np.testing.assert_allclose(genes.values(hidden).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
     assert np.abs(expected).max() > 0.1
 

@@ -77,7 +77,7 @@ class CellTable:
     Attributes
     ----------
     rows
-        Positions of the kept cells in ``adata``, shape (n,).
+        Positions of the kept cells in ``adata``, or in what it is a view of; shape (n,).
     labels, parts
         Perturbation label and its parts, of the kept cells.
     covariates
@@ -107,7 +107,16 @@ class CellTable:
             rows = rows[self._with_embedding(parsed, perturbation_embeddings)]
         if not len(rows):
             raise DataError("no cell is left in this part of the data")
-        self.rows = rows
+        self._viewed, self.rows = adata, rows
+        if adata.is_view:
+            # Each access to a view's X copies all its cells: take from what it views.
+            self._viewed = adata._adata_ref
+            self.rows = np.arange(self._viewed.n_obs)[adata._oidx][rows]
+            columns = np.arange(self._viewed.n_vars)[adata._vidx]
+            if self._columns is not None:
+                self._columns = columns[self._columns]
+            elif not np.array_equal(columns, np.arange(self._viewed.n_vars)):
+                self._columns = columns
         obs = adata.obs.iloc[rows]
         self.names = obs.index.astype(str).tolist()
         self.labels = obs[keys.perturbation].astype(str).tolist()
@@ -147,13 +156,13 @@ class CellTable:
 
     def expression(self, cells: Sequence[int] | np.ndarray):
         """Expression of kept cells by position, (B, G), as the file holds it (sparse or dense)."""
-        return self._take(self.adata.X, cells)
+        return self._take(self._viewed.X, cells)
 
     def embedding(self, cells: Sequence[int] | np.ndarray) -> np.ndarray | None:
         """Embedding of kept cells by position, (B, E), or ``None``."""
         if self.keys.embedding is None:
             return None
-        return np.asarray(self.adata.obsm[self.keys.embedding][self.rows[np.asarray(cells)]])
+        return np.asarray(self._viewed.obsm[self.keys.embedding][self.rows[np.asarray(cells)]])
 
     def _take(self, matrix, cells):
         rows = self.rows[np.asarray(cells, dtype=np.int64)]
@@ -207,7 +216,10 @@ def read_features(path: str | Path) -> list[str]:
     """
     if not Path(path).is_file():
         raise DataError(f"there is no gene list {path}")
-    names = pd.read_csv(path, header=None, dtype=str)[0].dropna().tolist()
+    try:
+        names = [name for name in pd.read_csv(path, header=None, dtype=str, keep_default_na=False)[0] if name]
+    except pd.errors.EmptyDataError:
+        names = []
     if not names:
         raise DataError(f"the gene list {path} names no gene")
     return names

@@ -379,7 +379,9 @@ class Counterfactual(_CellDataset):
 
     def _groups(self) -> list[tuple]:
         names = self.cells.categorical
-        return list(self.conditions[names].astype(str).itertuples(index=False, name=None)) if names else [()] * len(self)
+        if not names:
+            return [()] * len(self)
+        return list(self.conditions[names].astype(str).itertuples(index=False, name=None))
 
     def __len__(self) -> int:
         return len(self.conditions)

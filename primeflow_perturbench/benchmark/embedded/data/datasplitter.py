@@ -48,7 +48,7 @@ class SplitTask:
     task
         One of `TASKS`.
     covariate_keys
-        Columns whose values make a group.
+        Columns whose values make a group; without any, all cells are one group.
     min_train_covariates
         `transfer`: a perturbation stays in train in at least this many groups.
     max_heldout_covariates
@@ -88,17 +88,21 @@ class SplitTask:
             raise DataError(
                 f"the splitter config has the unknown keys {unknown}: remove them or use some of {names}"
             )
-        if missing := [name for name in ("task", "covariate_keys") if values.get(name) is None]:
-            raise DataError(f"the splitter config lacks {missing}: give them, or give split_path instead")
+        missing = [name for name in ("task", "covariate_keys") if name not in values]
+        if missing or values["task"] is None:
+            raise DataError(f"the splitter config lacks {missing or ['task']}: give them, or give split_path instead")
         keys = values["covariate_keys"]
-        values["covariate_keys"] = (keys,) if isinstance(keys, str) else tuple(keys)
+        values["covariate_keys"] = (keys,) if isinstance(keys, str) else tuple(keys or ())
         return cls(**values)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DataError(f"the split task is {self.task!r}: set it to one of {', '.join(TASKS)}")
-        if not self.covariate_keys:
-            raise DataError("covariate_keys of the splitter is empty: name at least one column of obs")
+        if self.task == "transfer" and not self.covariate_keys:
+            raise DataError(
+                "task transfer holds perturbations out in some covariate groups, but covariate_keys of the splitter is "
+                "empty: name at least one column of obs, or use task combine or combine_inverse"
+            )
         for name in ("max_heldout_fraction_per_covariate", "train_control_fraction", "downsample_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} is {getattr(self, name)}: set it to a fraction between 0 and 1")
@@ -144,9 +148,12 @@ class PairTable:
         _check_column(obs, "perturbation", perturbation_key)
         for key in covariate_keys:
             _check_column(obs, "covariate", key)
-        covariates = obs[covariate_keys].astype(object).reset_index(drop=True)
-        group_of_cell = covariates.groupby(covariate_keys, sort=False).ngroup()
-        groups = list(covariates.drop_duplicates().itertuples(index=False, name=None))
+        groups: list[tuple[Hashable, ...]] = [()]
+        group_of_cell: pd.Series | int = 0
+        if covariate_keys:
+            covariates = obs[covariate_keys].astype(object).reset_index(drop=True)
+            group_of_cell = covariates.groupby(covariate_keys, sort=False).ngroup()
+            groups = list(covariates.drop_duplicates().itertuples(index=False, name=None))
         cells = pd.DataFrame({"label": obs[perturbation_key].astype(str).to_numpy(), "group": group_of_cell})
         return cls(
             pairs=[(label, int(group)) for label, group in cells.drop_duplicates().itertuples(index=False)],
@@ -365,7 +372,7 @@ def draw_split(
     n_alone = sum(n_pairs == 1 for n_pairs in Counter(group for _, group in pairs).values())
     found = (
         f"task {task.task} held out {len(pairs)} pairs of {perturbation_key} and "
-        f"{', '.join(task.covariate_keys)} ({n_alone} left out as the only one of its group)"
+        f"{', '.join(task.covariate_keys) or 'no covariate'} ({n_alone} left out as the only one of its group)"
     )
     more = "raise max_heldout_fraction_per_covariate"
     if task.task == "transfer":

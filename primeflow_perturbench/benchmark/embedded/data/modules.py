@@ -35,8 +35,9 @@ def read_cells(filename: str | Path, backed: bool = False) -> ad.AnnData:
         raise DataError(f"there is no file {path}; give the h5ad file as data.data.filename=PATH")
     try:
         return ad.read_h5ad(path, backed="r" if backed else None)
-    except (OSError, KeyError, ValueError, ad.io.AnnDataReadError) as error:
-        raise DataError(f"{path} cannot be read as an h5ad file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a foreign or broken file can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read as an h5ad file ({reason})") from error
 
 
 class AnnDataLitModule(L.LightningDataModule):
@@ -201,10 +202,11 @@ class AnnDataLitModule(L.LightningDataModule):
                 ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else ""),
             )
             self.splits = self.splits.mask(drop)
+        perturbed = (self.adata.obs[self.keys.perturbation].astype(str) != self.keys.control).to_numpy()
         for split in ("val", "test"):
-            if not (self.splits == split).any():
+            if not (perturbed & (self.splits == split).to_numpy()).any():
                 raise DataError(
-                    f"the {split} split is empty once perturbations that training lacks are left out; "
+                    f"the {split} split has no perturbed cell once perturbations that training lacks are left out; "
                     "hold out less, or give another split file"
                 )
 
@@ -265,7 +267,9 @@ class AnnDataLitModule(L.LightningDataModule):
         path = Path(self.prediction["prediction_dataframe_path"])
         if not path.is_file():
             raise DataError(f"there is no table of conditions {path}; give prediction_dataframe_path=PATH")
-        conditions = pd.read_csv(path, dtype={self.keys.perturbation: str})
+        categorical = [name for name, uniques in self.context["covariate_uniques"].items() if uniques is not None]
+        text = dict.fromkeys([self.keys.perturbation, *categorical], str)
+        conditions = pd.read_csv(path, dtype=text, keep_default_na=False)
         factory = self.prediction["predict_data_iter_factory"]
         self.predict_iterator, _ = factory(self._read(), prediction_dataframe=conditions, **self._genes_of(factory))
         self.predict_iterator.transform = self.transform
@@ -285,7 +289,8 @@ class AnnDataLitModule(L.LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader:
         """Batches of validation cells in file order."""
-        return BatchLoader(self.val_iterator, sampler=EpochBatches(len(self.val_iterator), self.batch_size), **self.loader)
+        sampler = EpochBatches(len(self.val_iterator), self.batch_size)
+        return BatchLoader(self.val_iterator, sampler=sampler, **self.loader)
 
     def test_dataloader(self) -> BatchLoader:
         """Chunks of test conditions."""

@@ -108,4 +108,7 @@ def check_compatible(model: L.LightningModule, datamodule: L.LightningDataModule
     """Raise `DataError` if the model cannot be fed by the data set class of the data module."""
     given, wanted = type(datamodule.train_iterator).__name__, model.COMPATIBLE_DATASETS
     if given not in wanted:
-        raise DataError(f"{type(model).__name__} needs a data set of class {' or '.join(wanted)}, got {given}")
+        raise DataError(
+            f"{type(model).__name__} needs a data set of class {' or '.join(wanted)}, got {given}; "
+            "data=h5ad_controls gives each cell controls"
+        )

@@ -284,6 +284,16 @@ def test_numeric_covariate(screen):
     pd.testing.assert_series_equal(split, draw_split(make_config(), screen, *LABELS))
 
 
+@pytest.mark.parametrize("task", ["combine", "combine_inverse"])
+def test_without_covariates_all_cells_are_one_group(screen, task):
+    split = draw_split(make_config(task, covariate_keys=[]), screen, *LABELS)
+    one_group = draw_split(make_config(task, covariate_keys=["all"]), screen.assign(all="all"), *LABELS)
+    pd.testing.assert_series_equal(split, one_group)
+    splits_of_label = split.groupby(screen["condition"], observed=True).agg(set)
+    assert all(len(splits) == 1 for splits in splits_of_label.drop("control"))
+    assert set().union(*splits_of_label.drop("control")) == set(SPLITS)
+
+
 # Split files and the class
 
 
@@ -331,7 +341,8 @@ def test_split_file_may_name_more_cells_than_the_data(tmp_path):
     [
         ({"task": "tranfer"}, "'tranfer': set it to one of transfer, combine, combine_inverse"),
         ({"task": None}, r"lacks \['task'\]"),
-        ({"covariate_keys": []}, "covariate_keys of the splitter is empty"),
+        ({"covariate_keys": []}, "task transfer .* covariate_keys of the splitter is empty: .*combine_inverse"),
+        ({"covariate_keys": None}, "task transfer .* covariate_keys of the splitter is empty"),
         ({"splitter_sed": 1}, r"unknown keys \['splitter_sed'\].*'splitter_seed'"),
         (
             {"covariate_keys": ["tissue"]},

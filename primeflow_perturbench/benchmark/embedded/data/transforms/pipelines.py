@@ -31,7 +31,8 @@ class SingleCellPipeline:
     covariate_uniques
         Categories in the order of the columns by covariate name; ``None`` for a numeric covariate.
     perturbation_embeddings
-        Optional table with one row a perturbation; perturbations then become the sum of their rows.
+        Optional table with one row a perturbation; perturbations then become the sum of their rows, those
+        that training lacks as well.
 
     Raises
     ------
@@ -63,8 +64,8 @@ class SingleCellPipeline:
                     f"{len(missing)} perturbations have no row in the perturbation embeddings, "
                     f"among them {', '.join(missing[:5])}; add their rows or drop their cells"
                 )
-            rows = perturbation_embeddings.loc[self.perturbation_uniques].to_numpy(np.float32)
-            self.perturbation_vectors = torch.from_numpy(rows)
+            self._perturbation_rows = {name: row for row, name in enumerate(perturbation_embeddings.index)}
+            self.perturbation_vectors = torch.tensor(perturbation_embeddings.to_numpy(np.float32))
 
     def __call__(self, batch: Batch) -> Batch:
         """The same batch with tensors in the place of labels and matrices."""
@@ -82,11 +83,16 @@ class SingleCellPipeline:
 
     def _perturbations(self, labels: Sequence[tuple[str, ...]]) -> Tensor:
         """Multi-hot (B, P), or summed embeddings (B, W)."""
-        multi_hot = torch.zeros(len(labels), len(self.perturbation_uniques))
-        unknown = {part for parts in labels for part in parts if part not in self._perturbation_rows}
+        multi_hot = torch.zeros(len(labels), len(self._perturbation_rows))
+        unknown = sorted({part for parts in labels for part in parts if part not in self._perturbation_rows})
+        if unknown and self.perturbation_vectors is not None:
+            raise DataError(
+                f"{len(unknown)} perturbations have no row in the perturbation embeddings: {', '.join(unknown[:10])}; "
+                "train with embeddings that have their rows"
+            )
         if unknown:
             raise DataError(
-                f"{len(unknown)} perturbations were not seen in training: {', '.join(sorted(unknown)[:10])}; "
+                f"{len(unknown)} perturbations were not seen in training: {', '.join(unknown[:10])}; "
                 "predict perturbations of the training cells, or train with perturbation embeddings"
             )
         for cell, parts in enumerate(labels):

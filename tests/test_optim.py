@@ -1,0 +1,97 @@
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+
+from primeflow_perturbench.optim import warmup_cosine
+
+PEAK = 0.02
+
+
+def rates(steps, **schedule):
+    """Learning rate at each of ``steps`` optimiser steps and after the last."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = warmup_cosine(optimizer, **schedule)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return [*found, optimizer.param_groups[0]["lr"]]
+
+
+def closed_form(step, warmup, total, final=0.0):
+    if step < warmup:
+        return PEAK * (1 + step * (warmup - 1) / warmup) / warmup
+    cosine = (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return PEAK * (final + (1 - final) * cosine)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 100), (7, 73), (20, 200)])
+def test_every_step_has_the_rate_of_the_closed_form(warmup, total, final):
+    found = rates(total, warmup_steps=warmup, total_steps=total, final_fraction=final)
+    expected = [closed_form(step, warmup, total, final) for step in range(total + 1)]
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_landmarks():
+    found = rates(100, warmup_steps=10, total_steps=100)
+    assert found[0] == pytest.approx(PEAK / 10)
+    assert found[10] == pytest.approx(PEAK)
+    assert found[55] == pytest.approx(PEAK / 2)
+    assert found[100] == pytest.approx(0, abs=1e-9)
+    assert max(found) == pytest.approx(PEAK)
+    assert all(a < b for a, b in pairwise(found[:11]))
+    assert all(a > b for a, b in pairwise(found[10:]))
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(100, 10), (50, 5), (9, 1), (5, 1)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_run(total, warmup):
+    found = rates(total, warmup_steps=500, total_steps=total)
+    expected = [closed_form(step, warmup, total) for step in range(total + 1)]
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_run_of_one_step_trains_at_the_peak(warmup):
+    assert rates(1, warmup_steps=warmup, total_steps=1)[0] == PEAK
+
+
+def test_the_final_fraction_is_where_it_ends():
+    assert rates(40, warmup_steps=4, total_steps=40, final_fraction=0.25)[-1] == pytest.approx(PEAK / 4)
+
+
+@pytest.mark.parametrize("total", [0, -1])
+def test_a_run_without_a_length_is_refused(total):
+    with pytest.raises(ValueError, match=f"set trainer.max_steps, got {total}"):
+        rates(1, warmup_steps=1, total_steps=total)
+
+
+def test_a_restored_schedule_goes_on_where_it_was():
+    schedule = {"warmup_steps": 4, "total_steps": 40}
+    whole = rates(20, **schedule)
+
+    def start():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+        return optimizer, warmup_cosine(optimizer, **schedule)
+
+    optimizer, scheduler = start()
+    for _ in range(12):
+        optimizer.step()
+        scheduler.step()
+    again, restored = start()
+    again.load_state_dict(optimizer.state_dict())
+    restored.load_state_dict(scheduler.state_dict())
+    for step in range(12, 20):
+        assert again.param_groups[0]["lr"] == pytest.approx(whole[step])
+        again.step()
+        restored.step()
+
+
+def test_the_schedule_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rates(30, warmup_steps=3, total_steps=30)
