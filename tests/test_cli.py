@@ -134,6 +134,27 @@ def test_test_again_from_a_checkpoint_without_the_detection_limit(run, tmp_path,
     assert (free[~kept] > 0).any()
 
 
+def test_a_checkpoint_meets_cells_whose_genes_are_in_another_order(run, tmp_path, monkeypatch, screen):
+    """Genes are matched by name: same cells, same scores."""
+    shuffled = screen[:, np.random.default_rng(0).permutation(screen.n_vars)].copy()
+    path = write(shuffled, tmp_path, "shuffled.h5ad")
+    again = ["train=false", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    call(monkeypatch, "train", *TINY, f"data.data.filename={path}", *again)
+    first, second = ad.read_h5ad(run / "predicted.h5ad"), ad.read_h5ad(tmp_path / "run" / "predicted.h5ad")
+    assert (shuffled.var_names != screen.var_names).any()
+    np.testing.assert_array_equal(_dense(second[:, first.var_names]), _dense(first))
+    tables = [pd.read_csv(folder / "table.csv", index_col=0) for folder in (run, tmp_path / "run")]
+    pd.testing.assert_frame_equal(tables[1], tables[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_names_the_genes_that_the_cells_lack(run, tmp_path, monkeypatch, capsys, screen):
+    path = write(screen[:, 3:].copy(), tmp_path, "fewer.h5ad")
+    again = ["train=false", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    sentence = refused(monkeypatch, capsys, "train", *TINY, f"data.data.filename={path}", *again)
+    assert "3 of 128 genes are missing" in sentence
+    assert "gene0, gene1, gene2" in sentence
+
+
 def _dense(adata):
     return adata.X.toarray() if sp.issparse(adata.X) else np.asarray(adata.X)
 
