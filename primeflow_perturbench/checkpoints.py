@@ -24,6 +24,10 @@ class Checkpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
+    def _should_save_on_exception(self, trainer: L.Trainer) -> bool:
+        # In a validation the average stands in the place of the weights in training: saved then, they would be swapped.
+        return super()._should_save_on_exception(trainer) and not trainer.validating
+
 
 class AveragedWeights(EMAWeightAveraging):
     """Lightning's `EMAWeightAveraging`, whose average is what a test after training uses.

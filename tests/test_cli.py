@@ -244,6 +244,7 @@ def test_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, scr
     assert "needs ckpt_path" in sentence("train=false")
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
     assert "is not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
+    assert "PRiMeFlow has no setting gidance" in sentence("+model.gidance=2")
     assert "unknown reference" in sentence("references=[magic]")
 
 

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import anndata as ad
 import numpy as np
@@ -25,6 +25,56 @@ from .cells import (
 from .types import Batch
 
 Transform = Callable[[Batch], Batch]
+
+
+class Columns(TypedDict, total=False):
+    """Keywords that every data set takes beside the perturbation column, to say what a cell is.
+
+    Attributes
+    ----------
+    covariate_keys
+        Columns of ``obs`` with covariates; none by default.
+    perturbation_combination_delimiter
+        What joins the perturbations of a combination; "+" by default, ``None`` if no label is one.
+    perturbation_control_value
+        Label of unperturbed cells, "control" by default.
+    embedding_key
+        Key of ``obsm`` with cell embeddings.
+    feature_filter_path
+        Headerless CSV of gene names to keep.
+    perturbation_embeddings_path
+        Parquet file with a row a perturbation.
+    features
+        Genes in the order wanted; overrides ``feature_filter_path``.
+    """
+
+    covariate_keys: Sequence[str] | None
+    perturbation_combination_delimiter: str | None
+    perturbation_control_value: str
+    embedding_key: str | None
+    feature_filter_path: str | Path | None
+    perturbation_embeddings_path: str | Path | None
+    features: Sequence[str] | None
+
+
+def keys_of(
+    perturbation_key: str,
+    covariate_keys: Sequence[str] | None = None,
+    perturbation_combination_delimiter: str | None = "+",
+    perturbation_control_value: str = "control",
+    embedding_key: str | None = None,
+    feature_filter_path: str | Path | None = None,
+    perturbation_embeddings_path: str | Path | None = None,
+    features: Sequence[str] | None = None,
+) -> Keys:
+    """Those of `Columns` that name columns and labels, with their defaults."""
+    return Keys(
+        perturbation=perturbation_key,
+        covariates=tuple(covariate_keys or ()),
+        delimiter=perturbation_combination_delimiter,
+        control=perturbation_control_value,
+        embedding=embedding_key,
+    )
 
 
 def training_context(cells: CellTable, perturbation_embeddings: pd.DataFrame | None = None) -> dict[str, Any]:
@@ -66,22 +116,14 @@ class _CellDataset(Dataset):
     def _table(
         cls,
         adata: ad.AnnData,
-        perturbation_key: str,
-        covariate_keys: Sequence[str] | None,
-        perturbation_combination_delimiter: str | None,
-        perturbation_control_value: str,
-        embedding_key: str | None,
-        feature_filter_path: str | Path | None,
-        perturbation_embeddings_path: str | Path | None,
-        features: Sequence[str] | None,
+        *,
+        feature_filter_path: str | Path | None = None,
+        perturbation_embeddings_path: str | Path | None = None,
+        features: Sequence[str] | None = None,
+        **columns: Any,
     ) -> tuple[CellTable, pd.DataFrame | None]:
-        keys = Keys(
-            perturbation=perturbation_key,
-            covariates=tuple(covariate_keys or ()),
-            delimiter=perturbation_combination_delimiter,
-            control=perturbation_control_value,
-            embedding=embedding_key,
-        )
+        """The cells that `Columns` describe, and the perturbation embeddings where a file is named."""
+        keys = keys_of(**columns)
         if features is None and feature_filter_path is not None:
             wanted = set(read_features(feature_filter_path))
             features = [gene for gene in adata.var_names if gene in wanted]
@@ -123,13 +165,7 @@ class SingleCellPerturbation(_CellDataset):
         cls,
         adata: ad.AnnData,
         perturbation_key: str,
-        covariate_keys: Sequence[str] | None = None,
-        perturbation_combination_delimiter: str | None = "+",
-        perturbation_control_value: str = "control",
-        embedding_key: str | None = None,
-        feature_filter_path: str | Path | None = None,
-        perturbation_embeddings_path: str | Path | None = None,
-        features: Sequence[str] | None = None,
+        **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
         """Data set and training context of an AnnData.
 
@@ -137,39 +173,17 @@ class SingleCellPerturbation(_CellDataset):
         ----------
         adata
             Cells, log1p-normalised unless the model reads counts; in memory or backed.
-        perturbation_key, covariate_keys
-            Columns of ``obs``.
-        perturbation_combination_delimiter
-            What joins the perturbations of a combination.
-        perturbation_control_value
-            Label of unperturbed cells.
-        embedding_key
-            Key of ``obsm`` with cell embeddings.
-        feature_filter_path
-            Headerless CSV of gene names to keep.
-        perturbation_embeddings_path
-            Parquet file with a row a perturbation.
-        features
-            Genes in the order wanted; overrides ``feature_filter_path``.
+        perturbation_key
+            Column of ``obs`` with perturbation labels.
+        **columns
+            See `Columns`.
 
         Raises
         ------
         DataError
             If a column, gene or file is missing.
         """
-        dataset = cls(
-            *cls._table(
-                adata,
-                perturbation_key,
-                covariate_keys,
-                perturbation_combination_delimiter,
-                perturbation_control_value,
-                embedding_key,
-                feature_filter_path,
-                perturbation_embeddings_path,
-                features,
-            )
-        )
+        dataset = cls(*cls._table(adata, perturbation_key=perturbation_key, **columns))
         return dataset, dataset.get_context()
 
     def __len__(self) -> int:
@@ -206,15 +220,10 @@ class SingleCellPerturbationWithControls(SingleCellPerturbation):
         cls,
         adata: ad.AnnData,
         perturbation_key: str,
-        covariate_keys: Sequence[str] | None = None,
-        perturbation_combination_delimiter: str | None = "+",
-        perturbation_control_value: str = "control",
-        embedding_key: str | None = None,
-        feature_filter_path: str | Path | None = None,
-        perturbation_embeddings_path: str | Path | None = None,
-        features: Sequence[str] | None = None,
+        *,
         num_control_samples: int = 1,
         seed: int | None = 0,
+        **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
         """Data set and training context; as for `SingleCellPerturbation`, with two more parameters.
 
@@ -230,17 +239,7 @@ class SingleCellPerturbationWithControls(SingleCellPerturbation):
         DataError
             If a covariate group has no control cells.
         """
-        dataset, context = super().from_anndata(
-            adata,
-            perturbation_key,
-            covariate_keys,
-            perturbation_combination_delimiter,
-            perturbation_control_value,
-            embedding_key,
-            feature_filter_path,
-            perturbation_embeddings_path,
-            features,
-        )
+        dataset, context = super().from_anndata(adata, perturbation_key, **columns)
         dataset.num_control_samples, dataset.seed = num_control_samples, seed or 0
         dataset._pair()
         return dataset, context
@@ -321,15 +320,10 @@ class Counterfactual(_CellDataset):
         adata: ad.AnnData,
         prediction_dataframe: pd.DataFrame,
         perturbation_key: str,
-        covariate_keys: Sequence[str] | None = None,
-        perturbation_combination_delimiter: str | None = "+",
-        perturbation_control_value: str = "control",
-        embedding_key: str | None = None,
-        feature_filter_path: str | Path | None = None,
-        perturbation_embeddings_path: str | Path | None = None,
-        features: Sequence[str] | None = None,
+        *,
         max_control_cells_per_covariate: int = 1000,
         seed: int | None = None,
+        **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
         """Data set of the conditions of a table, and the context of the cells.
 
@@ -347,20 +341,10 @@ class Counterfactual(_CellDataset):
         DataError
             If a column or the control cells of a condition are missing, or no condition is given.
         """
-        cells, embeddings = cls._table(
-            adata,
-            perturbation_key,
-            covariate_keys,
-            perturbation_combination_delimiter,
-            perturbation_control_value,
-            embedding_key,
-            feature_filter_path,
-            perturbation_embeddings_path,
-            features,
-        )
-        columns = [*cells.keys.covariates, perturbation_key]
-        require_columns(prediction_dataframe, columns, "the table of conditions")
-        conditions = prediction_dataframe[columns].drop_duplicates()
+        cells, embeddings = cls._table(adata, perturbation_key=perturbation_key, **columns)
+        wanted = [*cells.keys.covariates, cells.keys.perturbation]
+        require_columns(prediction_dataframe, wanted, "the table of conditions")
+        conditions = prediction_dataframe[wanted].drop_duplicates()
         if conditions.empty:
             raise DataError("the table of conditions is empty; give at least one row")
         dataset = cls(cells, embeddings, conditions, seed, max_control_cells_per_covariate)
@@ -431,18 +415,13 @@ class CounterfactualWithReference(Counterfactual):
         cls,
         adata: ad.AnnData,
         perturbation_key: str,
+        *,
         split: str | None = None,
-        covariate_keys: Sequence[str] | None = None,
-        perturbation_combination_delimiter: str | None = "+",
-        perturbation_control_value: str = "control",
-        embedding_key: str | None = None,
-        feature_filter_path: str | Path | None = None,
-        perturbation_embeddings_path: str | Path | None = None,
-        features: Sequence[str] | None = None,
         max_control_cells_per_covariate: int = 1000,
         seed: int | None = None,
         use_synthetic_controls: bool = False,
         split_key: str = "split",
+        **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
         """Data set of the conditions that one split measured.
 
@@ -461,26 +440,21 @@ class CounterfactualWithReference(Counterfactual):
         if split is not None:
             require_columns(adata.obs, [split_key])
             adata = adata[(adata.obs[split_key] == split).to_numpy()]
-        require_columns(adata.obs, [*(covariate_keys or ()), perturbation_key])
-        obs = adata.obs[[*(covariate_keys or ()), perturbation_key]]
+        keys = keys_of(perturbation_key, **columns)
+        wanted = [*keys.covariates, keys.perturbation]
+        require_columns(adata.obs, wanted)
+        obs = adata.obs[wanted]
         if not use_synthetic_controls:
-            obs = obs[(obs[perturbation_key] != perturbation_control_value).to_numpy()]
+            obs = obs[(obs[keys.perturbation] != keys.control).to_numpy()]
         if obs.empty:
             raise DataError(f"the {split or 'given'} split has no perturbed cells to compare predictions with")
-        dataset, context = Counterfactual.from_anndata.__func__(
-            cls,
+        dataset, context = super().from_anndata(
             adata,
             obs,
             perturbation_key,
-            covariate_keys,
-            perturbation_combination_delimiter,
-            perturbation_control_value,
-            embedding_key,
-            feature_filter_path,
-            perturbation_embeddings_path,
-            features,
-            max_control_cells_per_covariate,
-            seed,
+            max_control_cells_per_covariate=max_control_cells_per_covariate,
+            seed=seed,
+            **columns,
         )
         dataset.reference_adata = adata[:, dataset.gene_names]
         return dataset, context

@@ -1,5 +1,6 @@
 """Train a model and test it, from a composed configuration."""
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -39,8 +40,13 @@ def load_record(ckpt_path: str) -> dict[str, Any]:
 
 def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.LightningModule:
     """The model of ``cfg.model`` with the eight arguments that only the data know."""
-    return hydra.utils.instantiate(
-        cfg.model,
+    # Partial, so that vocabularies reach the model as they are and not as configuration.
+    build = hydra.utils.instantiate(cfg.model, _partial_=True)
+    parameters = inspect.signature(build.func).parameters
+    unknown = [name for name in build.keywords if name not in parameters]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise DataError(f"{build.func.__name__} has no setting {', '.join(unknown)}; it has {', '.join(parameters)}")
+    return build(
         n_genes=datamodule.num_genes,
         n_perts=datamodule.num_perturbations,
         transform=datamodule.transform,

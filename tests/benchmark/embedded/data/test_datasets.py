@@ -185,7 +185,7 @@ def test_embeddings_of_perturbations(cells, tmp_path):
 def test_vocabulary_of_hand_made_cells(make_cells):
     rows = [("Z", "b"), ("control", "a"), ("Q+A", "b"), ("control+Z", "a"), ("B", "a")]
     cells = make_cells(rows, dose=[3, 1, 2, 5, 4])
-    _, context = SingleCellPerturbation.from_anndata(cells, "condition", ["cell_type", "dose"])
+    _, context = SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=["cell_type", "dose"])
     # Sorted labels are B, Q+A, Z, control+Z.
     assert context["perturbation_uniques"] == ["B", "Q", "A", "Z"]
     assert context["perturbation_counts"] == {"B": 1, "Q": 1, "A": 1, "Z": 2}
@@ -194,15 +194,15 @@ def test_vocabulary_of_hand_made_cells(make_cells):
 
 def test_continuous_covariate(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("P", "b")], dose=[0.5, 0, 2])
-    dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", ["dose"]))
+    dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=["dose"]))
     assert dataset[[2, 0]].covariates["dose"].tolist() == [[2], [0.5]]
 
 
 @pytest.mark.parametrize("covariate_keys", [None, []])
 def test_no_covariates(cells, covariate_keys):
-    dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys))
+    dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=covariate_keys))
     assert dataset[[0, 1]].covariates == {}
-    dataset = with_transform(SingleCellPerturbationWithControls.from_anndata(cells, "condition", covariate_keys))
+    dataset = with_transform(SingleCellPerturbationWithControls.from_anndata(cells, "condition", covariate_keys=covariate_keys))
     controls = {dataset[[0]].controls[0, 0].item()} | {dataset[[7]].controls[0, 0].item()}
     assert controls <= {11, 41, 71, 101}
 
@@ -314,7 +314,7 @@ def test_conditions_are_taken_once(cells):
 def test_conditions_with_a_continuous_covariate(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("control", "a")], dose=[1.0, 0, 0])
     conditions = pd.DataFrame({"cell_type": ["a"], "dose": [7], "condition": ["P"]})
-    dataset = with_transform(Counterfactual.from_anndata(cells, conditions, "condition", ["cell_type", "dose"]))
+    dataset = with_transform(Counterfactual.from_anndata(cells, conditions, "condition", covariate_keys=["cell_type", "dose"]))
     batch, obs = dataset[[0]]
     assert batch.covariates["dose"].tolist() == [[7], [7]]
     assert obs["dose"].tolist() == [7, 7]
