@@ -22,7 +22,6 @@ RESULTS = Path(__file__).parent / "results"
 TRAINING = [
     "experiment=devel/heldout",
     "data.loader.batch_size=128",
-    "callbacks.ema.decay=0.998",
     "model.lr=1e-3",
     "model.lr_scheduler.conf.warmup_steps=100",
     "model.cells_per_condition=300",
@@ -33,15 +32,23 @@ NETWORKS = {
     "unet": [
         "model/network=unet",
         "model.precondition=false",
+        "~callbacks.ema",
         "model.network.channels=32",
         "model.network.multipliers=[1,2,4]",
         "model.network.blocks=1",
         "trainer.max_steps=1000",
         "trainer.val_check_interval=250",
     ],
-    "mlp": ["model/network=mlp", "model.precondition=false", "trainer.max_steps=4000", "trainer.val_check_interval=500"],
+    "mlp": [
+        "model/network=mlp",
+        "callbacks.ema.decay=0.995",
+        "model.precondition=false",
+        "trainer.max_steps=4000",
+        "trainer.val_check_interval=500",
+    ],
     "unet_patches": [
         "model/network=unet_patches",
+        "callbacks.ema.decay=0.995",
         "model.network.channels=64",
         "model.network.blocks=1",
         "trainer.max_steps=2000",
@@ -74,7 +81,8 @@ def measure(cells: Path, split: Path, runs: Path) -> dict:
         limited, free = runs / name, runs / f"{name}_no_limit"
         run(limited, overrides)
         checkpoint = limited / "checkpoints" / "last.ckpt"
-        run(free, [*overrides, "train=false", f"ckpt_path={checkpoint}", "model.detection_limit=none", "references=[]"])
+        again = ["train=false", f"ckpt_path={checkpoint}", "model.detection_limit=none", "references=[]"]
+        run(free, [*overrides, *again])
         table = pd.read_csv(limited / "table.csv", index_col=0)
         rows |= {reference: table[reference].to_dict() for reference in table.columns[1:] if reference not in rows}
         rows[f"{TITLES[name]}, no limit"] = pd.read_csv(free / "table.csv", index_col=0).iloc[:, 0].to_dict()

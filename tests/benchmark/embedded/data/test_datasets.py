@@ -202,7 +202,8 @@ def test_continuous_covariate(make_cells):
 def test_no_covariates(cells, covariate_keys):
     dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=covariate_keys))
     assert dataset[[0, 1]].covariates == {}
-    dataset = with_transform(SingleCellPerturbationWithControls.from_anndata(cells, "condition", covariate_keys=covariate_keys))
+    paired = SingleCellPerturbationWithControls.from_anndata(cells, "condition", covariate_keys=covariate_keys)
+    dataset = with_transform(paired)
     controls = {dataset[[0]].controls[0, 0].item()} | {dataset[[7]].controls[0, 0].item()}
     assert controls <= {11, 41, 71, 101}
 
@@ -314,7 +315,8 @@ def test_conditions_are_taken_once(cells):
 def test_conditions_with_a_continuous_covariate(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("control", "a")], dose=[1.0, 0, 0])
     conditions = pd.DataFrame({"cell_type": ["a"], "dose": [7], "condition": ["P"]})
-    dataset = with_transform(Counterfactual.from_anndata(cells, conditions, "condition", covariate_keys=["cell_type", "dose"]))
+    made = Counterfactual.from_anndata(cells, conditions, "condition", covariate_keys=["cell_type", "dose"])
+    dataset = with_transform(made)
     batch, obs = dataset[[0]]
     assert batch.covariates["dose"].tolist() == [[7], [7]]
     assert obs["dose"].tolist() == [7, 7]

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from primeflow_perturbench.optim import warmup_cosine
+from primeflow_perturbench.training.schedule import warmup_cosine
 
 PEAK = 0.02
 
