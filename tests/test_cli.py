@@ -177,6 +177,36 @@ def test_predict_writes_the_conditions_of_a_table(run, tmp_path, monkeypatch):
     assert sizes == {("alpha", "G0+G7"): 40, ("beta", "G1"): 40}
 
 
+def test_predicted_bits_depend_on_neither_chunks_nor_order(run, tmp_path, monkeypatch):
+    """The same conditions one, seven and 512 at a time, and backwards."""
+    pairs = [(line, label) for line in ("alpha", "beta", "gamma") for label in ("G0", "G1", "G0+G7", "G2+G3")]
+    conditions = pd.DataFrame(pairs, columns=["cell_type", "condition"])
+
+    def predicted(name, chunk_size, table):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+        call(
+            monkeypatch,
+            "predict",
+            f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+            f"prediction_dataframe_path={tmp_path / name}.csv",
+            f"output_path={tmp_path / name}",
+            f"hydra.run.dir={tmp_path / 'hydra' / name}",
+            f"chunk_size={chunk_size}",
+            "~callbacks.progress_bar",
+        )
+        cells = ad.concat([ad.read_h5ad(path) for path in sorted((tmp_path / name).glob("*.h5ad"))])
+        groups = cells.obs.groupby(["cell_type", "condition"], observed=True).indices
+        return {key: _dense(cells[rows]) for key, rows in groups.items()}
+
+    first = predicted("ones", 1, conditions)
+    assert set(first) == set(pairs)
+    for name, chunk_size, table in [("seven", 7, conditions), ("all", 512, conditions), ("back", 5, conditions[::-1])]:
+        other = predicted(name, chunk_size, table)
+        for key in pairs:
+            np.testing.assert_array_equal(other[key], first[key])
+    assert (first[pairs[0]] != first[pairs[1]]).any()
+
+
 def test_evaluate_scores_files_as_the_run_did(run, tmp_path, monkeypatch, screen_path):
     split = pd.read_csv(run / "train_test_split.csv", header=None, index_col=0)[1]
     measured = ad.read_h5ad(screen_path)
