@@ -51,7 +51,7 @@ NETWORKS = {
         "callbacks.ema.decay=0.995",
         "model.network.channels=64",
         "model.network.blocks=1",
-        "trainer.max_steps=2000",
+        "trainer.max_steps=1500",
         "trainer.val_check_interval=500",
     ],
 }

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,7 @@ log = logging.getLogger(__name__)
 # Status of a program ended by SIGINT.
 INTERRUPTED = 130
 
-PAPER_PIPELINES = [
-    {"aggregation": "none", "metric": "mmd", "rank": True},
-    {"aggregation": "pca", "metric": "mmd", "rank": True},
-    {"aggregation": "scores", "metric": "top_k_recall", "rank": True},
-    {"aggregation": "logfc", "metric": "cosine", "rank": True},
-    {"aggregation": "average", "metric": "rmse", "rank": True},
-]
-PIPELINES = {"paper": PAPER_PIPELINES, "default": DEFAULT_PIPELINES, "mmd": MMD_PIPELINES}
+PIPELINES = {"default": DEFAULT_PIPELINES, "mmd": MMD_PIPELINES}
 
 
 def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
@@ -61,8 +56,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         hydra.utils.instantiate(cfg.prepare)
     if cfg.get("check", True):
         check_data(cfg, console)
-    with open_dict(cfg):
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), folder / "config.yaml")
+    with replacing(folder / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
     record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
     write_json(folder / "environment.json", record)
     start = time.perf_counter()
@@ -173,6 +168,14 @@ def score_models(
         )
 
 
+def pipelines_of(name: str) -> Sequence[dict[str, Any]]:
+    """Evaluation pipelines by name: PerturBench's "default" and "mmd", or "paper", those of our runs' configuration."""
+    if name != "paper":
+        return PIPELINES[name]
+    config = files("primeflow_perturbench.configs") / "data" / "evaluation" / "default.yaml"
+    return OmegaConf.to_container(OmegaConf.create(config.read_text()).evaluation_pipelines)
+
+
 def evaluate_files(
     predicted: str,
     measured: str,
@@ -196,8 +199,8 @@ def evaluate_files(
     InputError, DataError
         On bad files, columns or cells.
     """
-    files = {predicted: read_h5ad(predicted), measured: read_h5ad(measured)}
-    for name, adata in files.items():
+    cells = {predicted: read_h5ad(predicted), measured: read_h5ad(measured)}
+    for name, adata in cells.items():
         missing = [key for key in (columns["perturbation_key"], *columns["covariate_keys"]) if key not in adata.obs]
         if missing:
             raise InputError(
@@ -205,8 +208,8 @@ def evaluate_files(
                 f"{', '.join(map(str, adata.obs.columns)) or '(none)'}; name yours with --perturbation-key and "
                 "--covariate-keys"
             )
-    model = {Path(predicted).stem: files[predicted]}
-    result = score_models(model, files[measured], columns, PIPELINES[pipelines], console, synthetic_controls)
+    model = {Path(predicted).stem: cells[predicted]}
+    result = score_models(model, cells[measured], columns, pipelines_of(pipelines), console, synthetic_controls)
     console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} conditions"))
     if output is not None:
         save_evaluation(result, Path(output))
