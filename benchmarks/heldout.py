@@ -2,7 +2,7 @@
 
     python benchmarks/heldout.py --cells cells.h5ad --split split.csv --runs runs/heldout
 
-Trains the networks of `NETWORKS`, tests each checkpoint again without the detection limit, and writes
+Trains the networks of `NETWORKS`, tests the paper's two again without the detection limit, and writes
 ``benchmarks/results/heldout.{json,md}``. A run that is finished is not run again.
 """
 
@@ -51,10 +51,11 @@ NETWORKS = {
         "callbacks.ema.decay=0.995",
         "model.network.channels=64",
         "model.network.blocks=1",
-        "trainer.max_steps=1500",
+        "trainer.max_steps=2000",
         "trainer.val_check_interval=500",
     ],
 }
+WITHOUT_LIMIT = ("unet", "mlp")
 TITLES = {
     "unet": "U-Net, one token a gene, 32 channels (1,2,4)",
     "mlp": "MLP 1024 x 4",
@@ -80,12 +81,13 @@ def measure(cells: Path, split: Path, runs: Path) -> dict:
         overrides = [*TRAINING, *network, *data]
         limited, free = runs / name, runs / f"{name}_no_limit"
         run(limited, overrides)
-        checkpoint = limited / "checkpoints" / "last.ckpt"
-        again = ["train=false", f"ckpt_path={checkpoint}", "model.detection_limit=none", "references=[]"]
-        run(free, [*overrides, *again])
         table = pd.read_csv(limited / "table.csv", index_col=0)
         rows |= {reference: table[reference].to_dict() for reference in table.columns[1:] if reference not in rows}
-        rows[f"{TITLES[name]}, no limit"] = pd.read_csv(free / "table.csv", index_col=0).iloc[:, 0].to_dict()
+        if name in WITHOUT_LIMIT:
+            checkpoint = limited / "checkpoints" / "last.ckpt"
+            again = ["train=false", f"ckpt_path={checkpoint}", "model.detection_limit=none", "references=[]"]
+            run(free, [*overrides, *again])
+            rows[f"{TITLES[name]}, no limit"] = pd.read_csv(free / "table.csv", index_col=0).iloc[:, 0].to_dict()
         rows[f"{TITLES[name]}, limit learnt"] = table.iloc[:, 0].to_dict()
         record = json.loads((limited / "environment.json").read_text())
         details[name] = {key: record[key] for key in ("steps", "seconds", "hardware", "commit", "peak_memory")}
