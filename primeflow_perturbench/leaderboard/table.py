@@ -3,21 +3,22 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 # Metric key -> (heading, whether higher is better).
 COLUMNS = {
     "mmd_none": ("E genes", False),
     "mmd_pca": ("E PCA", False),
-    "top_k_recall_scores": ("recall@50", True),
-    "cosine_logfc": ("cos logFC", True),
+    "top_k_recall_scores": ("recall", True),
+    "cosine_logfc": ("cosine", True),
     "rmse_average": ("RMSE", False),
     "mmd_rank_none": ("rank E", False),
     "cosine_rank_logfc": ("rank cos", False),
 }
 CAPTION = (
-    "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall@50: of the top DE genes; "
-    "cos logFC: cosine of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance. "
+    "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall: of the top 50 DE genes; "
+    "cosine: of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance. "
     "Means over conditions; best in bold, the ceiling aside."
 )
 LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
@@ -42,7 +43,8 @@ def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (
         Rows that do not compete, such as the ceiling.
     """
     shown = [key for key in COLUMNS if key in summary.index] or list(summary.index)
-    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    table = Table(title=title, caption=CAPTION, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     for key in shown:
         name, higher = heading(key)
