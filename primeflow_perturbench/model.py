@@ -1,23 +1,27 @@
 """PRiMeFlow as a PerturBench model: the glue between the host and flow/, networks/ and cells/."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from primeflow_perturbench.benchmark import load
 from primeflow_perturbench.cells.condition import ConditionEncoder
 from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
-from primeflow_perturbench.cells.generation import CellGenerator
+from primeflow_perturbench.cells.generation import Block, CellGenerator
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.loss import flow_matching_loss
-from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
+from primeflow_perturbench.flow.path import StraightPath
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
+from primeflow_perturbench.training.noise import Noise, batch_noise
+from primeflow_perturbench.training.schedule import build_schedule
 
 PerturbationModel = load("modelcore.models.PerturbationModel")
 Batch = load("data.types.Batch")
@@ -56,7 +60,8 @@ class PRiMeFlow(PerturbationModel):
     seed
         Seed of training noise and of sampling; ``None`` is 0.
     lr, wd, lr_scheduler
-        See the host's `PerturbationModel`.
+        Learning rate (``None``: 1e-3) and weight decay (``None``: 1e-5) of Adam, and the host's configuration of a
+        scheduler, ``{conf, dependencies, extras}``.
 
     Raises
     ------
@@ -104,6 +109,8 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"detection_limit must be at least 0, got {detection_limit}")
         if sample_batch_size < 1:
             raise InputError(f"sample_batch_size must be at least 1, got {sample_batch_size}")
+        # A host that instantiates the whole configuration at once hands over vocabularies as configuration.
+        context = as_plain(context)
         super().__init__(
             n_genes=n_genes,
             n_perts=n_perts,
@@ -117,9 +124,13 @@ class PRiMeFlow(PerturbationModel):
             lr_scheduler=lr_scheduler,
         )
         self.save_hyperparameters(logger=False)
+        self.optimisation = (1e-3 if lr is None else lr, 1e-5 if wd is None else wd, as_plain(lr_scheduler))
         self.gene_names = None if gene_names is None else list(gene_names)
         self.encoder = ConditionEncoder(self.n_input_perturbation_features, context.get("covariate_uniques") or {})
-        self.network = network(n_genes, self.encoder.width)
+        # The first weights are the seed's own, whatever the host has drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            self.network = network(n_genes, self.encoder.width)
         if precondition:
             self.network = GaussianPreconditioning(self.network, n_genes)
         self.path = StraightPath()
@@ -129,6 +140,14 @@ class PRiMeFlow(PerturbationModel):
         self.detection_limit = None if detection_limit == "none" else detection_limit
         self.learnt_detection_limit: float | None = None
 
+    def configure_optimizers(self) -> Any:
+        """Adam, with the scheduler of ``lr_scheduler``; one that leaves its length open lasts as long as the run."""
+        lr, wd, config = self.optimisation
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=wd)
+        if not config:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": build_schedule(config, optimizer, self.trainer)}
+
     def on_fit_start(self) -> None:
         """Look at the training cells once: refuse what is not log1p expression, learn what is not trained."""
         if self.trainer.datamodule is None:
@@ -136,12 +155,16 @@ class PRiMeFlow(PerturbationModel):
         survey = ExpressionSurvey()
         for batch in self.trainer.datamodule.train_dataloader():
             survey.add(batch.gene_expression)
-            if survey.cells >= self.SURVEYED_CELLS:
+            if survey.cells * self._world_size >= self.SURVEYED_CELLS:
                 break
+        if self._world_size > 1:
+            surveys: list[ExpressionSurvey] = [survey] * self._world_size
+            torch.distributed.all_gather_object(surveys, survey)
+            survey = ExpressionSurvey.of_all(surveys)
         refuse_unusable(survey)
         resumed = self.trainer.ckpt_path is not None and self.learnt_detection_limit is not None
         if not resumed:
-            self._learn(self.trainer.strategy.broadcast(survey))
+            self._learn(survey)
 
     def _learn(self, survey: ExpressionSurvey) -> None:
         """Take from the surveyed training cells what is not trained by gradients."""
@@ -151,30 +174,39 @@ class PRiMeFlow(PerturbationModel):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
-        generator = self._generator(TRAIN, self.current_epoch, batch_idx)
+        noise = self._noise(batch.gene_expression, TRAIN, self.current_epoch, batch_idx)
         condition = self.encoder(batch.perturbations, batch.covariates)
-        condition = self.encoder.drop(condition, self.condition_dropout, generator)
-        loss = self._loss(batch.gene_expression, condition, generator)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(condition))
+        condition = self.encoder.drop(condition, noise.chance < self.condition_dropout)
+        loss = self._loss(batch.gene_expression, condition, noise) * self._share(len(condition))
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch without dropout, with the same noise in every epoch."""
-        generator = self._generator(VALIDATE, 0, batch_idx)
+        noise = self._noise(batch.gene_expression, VALIDATE, 0, batch_idx)
         condition = self.encoder(batch.perturbations, batch.covariates)
-        loss = self._loss(batch.gene_expression, condition, generator)
+        loss = self._loss(batch.gene_expression, condition, noise)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
-    def _loss(self, x_1: Tensor, condition: Tensor, generator: torch.Generator) -> Tensor:
-        x_0 = gaussian_source(x_1, generator)
-        sample = self.path.sample(x_0, x_1, uniform_time(x_1, generator))
-        return flow_matching_loss(self.network, sample, condition)
+    def _loss(self, x_1: Tensor, condition: Tensor, noise: Noise) -> Tensor:
+        return flow_matching_loss(self.network, self.path.sample(noise.x_0, x_1, noise.t), condition)
 
-    def _generator(self, *stream: int) -> torch.Generator:
-        """Generator of one batch: a restarted run draws what an unbroken one would have drawn."""
-        entropy = np.random.SeedSequence([self.seed % 2**32, self.global_rank, *stream]).generate_state(1)
-        return torch.Generator(device=self.device).manual_seed(int(entropy[0]))
+    def _noise(self, x_1: Tensor, *stream: int) -> Noise:
+        """Noise of one batch: a restarted run draws what an unbroken one would have drawn."""
+        return batch_noise(x_1, [self.seed % 2**32, *stream], self.global_rank, self._world_size)
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def _share(self, cells: int) -> Tensor | float:
+        """What makes the mean over devices of mean losses the mean over cells, where a last batch is dealt unevenly."""
+        world = self._world_size
+        if world == 1:
+            return 1.0
+        count = torch.tensor(float(cells), device=self.device)
+        return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def predict(self, batch: Batch) -> Tensor:
         """Generated expression (cells, G) on the CPU, a cell for each row of the batch."""
@@ -190,8 +222,24 @@ class PRiMeFlow(PerturbationModel):
         InputError
             If the limit is to be learnt and is not, or the network gives values that are not finite.
         """
-        limit = self._limit()
-        generator = CellGenerator(
+        finish = partial(decode_expression, detection_limit=self._limit())
+        cells = self._cell_generator().generate(condition, finish)
+        refuse_diverged(cells)
+        return cells
+
+    @torch.no_grad()
+    def stream(self, condition: Tensor, counts: Sequence[int]) -> Iterator[Block]:
+        """Generated expression block by block, ``counts`` (N,) cells of condition vectors (N, C).
+
+        The cells are those of `generate`; see `CellGenerator.stream` for the blocks, and `generate` for errors.
+        """
+        finish = partial(decode_expression, detection_limit=self._limit())
+        for row, first, cells in self._cell_generator().stream(condition.to(self.device), counts, finish):
+            refuse_diverged(cells)
+            yield row, first, cells
+
+    def _cell_generator(self) -> CellGenerator:
+        return CellGenerator(
             self.network,
             self.n_genes,
             self.encoder.null,
@@ -200,10 +248,6 @@ class PRiMeFlow(PerturbationModel):
             seed=self.seed,
             sample_batch_size=self.sample_batch_size,
         )
-        cells = generator.generate(condition, finish=lambda x: decode_expression(x, limit))
-        if not torch.isfinite(cells).all():
-            raise InputError("generated cells hold NaN or infinite values: training diverged; lower lr and train again")
-        return cells
 
     def _limit(self) -> float | None:
         if self.detection_limit != "learnt":
@@ -217,7 +261,7 @@ class PRiMeFlow(PerturbationModel):
         batch, obs = data_tuple
         rows = np.arange(len(obs))
         if self.cells_per_condition is not None:
-            columns = [*self.training_record["train_context"]["covariate_keys"]]
+            columns = [*(self.training_record["train_context"]["covariate_keys"] or ())]
             columns += [self.training_record["train_context"]["perturbation_key"]]
             first = np.flatnonzero(~obs[columns].duplicated().to_numpy())
             rows = np.repeat(first, self.cells_per_condition)
@@ -256,3 +300,14 @@ def refuse_unusable(survey: ExpressionSurvey) -> None:
             f"the training cells hold whole numbers up to {survey.largest:.0f}, which look like raw counts, but "
             "PRiMeFlow models log1p expression; run sc.pp.normalize_total and sc.pp.log1p first"
         )
+
+
+def refuse_diverged(cells: Tensor) -> None:
+    """Raise `InputError` if generated cells hold values that are not finite."""
+    if not torch.isfinite(cells).all():
+        raise InputError("generated cells hold NaN or infinite values: training diverged; lower lr and train again")
+
+
+def as_plain(value: Any) -> Any:
+    """Configuration nodes as dictionaries and lists, anything else as it is."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

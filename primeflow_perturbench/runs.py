@@ -9,12 +9,14 @@ from typing import Any
 
 import anndata as ad
 import hydra
+import lightning as L
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf, open_dict
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from primeflow_perturbench.benchmark import backend, load
+from primeflow_perturbench.benchmark import EMBEDDED, backend, check_backend
 from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.evaluation import Evaluation
 from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.pipelines import (
     DEFAULT_PIPELINES,
@@ -24,7 +26,13 @@ from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.pipelines impo
 )
 from primeflow_perturbench.benchmark.embedded.data.datasplitter import read_split_csv
 from primeflow_perturbench.benchmark.embedded.files import replacing
-from primeflow_perturbench.benchmark.embedded.modelcore.models.base import save_evaluation, with_controls
+from primeflow_perturbench.benchmark.embedded.modelcore.models.base import (
+    merge_predictions,
+    save_evaluation,
+    with_controls,
+    write_h5ad,
+)
+from primeflow_perturbench.benchmark.embedded.modelcore.train import train
 from primeflow_perturbench.data.check import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memory, versions, write_json
@@ -51,23 +59,28 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     InputError, DataError
         On bad data or settings.
     """
+    check_backend()
     folder = Path(cfg.paths.output_dir)
     if cfg.get("prepare") is not None:
         hydra.utils.instantiate(cfg.prepare)
     if cfg.get("check", True):
         check_data(cfg, console)
-    with replacing(folder / "config.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
+    first = rank_zero_only.rank == 0
     record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-    write_json(folder / "environment.json", record)
+    if first:
+        with replacing(folder / "config.yaml") as temporary:
+            OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
+        write_json(folder / "environment.json", record)
     start = time.perf_counter()
     try:
-        done = load("modelcore.train.train")(cfg)
+        done = train(cfg, callbacks=[] if backend() == EMBEDDED else [KeepPredictions(folder)])
     except SystemExit as stop:  # Lightning's answer to Ctrl-C, once the callbacks have saved
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():
             console.print(f"Interrupted. The same command with ckpt_path={checkpoint} goes on where it stopped.")
         raise SystemExit(INTERRUPTED) from stop
+    if not first:
+        return None
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()
@@ -76,8 +89,36 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         console.print(f"Trained; the run is in {folder}")
         return None
     summary = tabulate_run(cfg, done["model"], console)
+    save_host_summary(done["model"], folder)
     console.print(f"Everything about this run is in {folder}")
     return summary
+
+
+class KeepPredictions(L.Callback):
+    """Keeps the generated cells of a test as ``predicted.h5ad``, which PerturBench itself throws away.
+
+    Parameters
+    ----------
+    folder
+        Where the file goes.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge the chunks before the model does; the processes wait for each other."""
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            chunks = Path(pl_module.evaluation_config.get("save_dir") or ".") / "predicted_anndata"
+            write_h5ad(merge_predictions(chunks), self.folder / "predicted.h5ad")
+
+
+def save_host_summary(model: Any, folder: Path) -> None:
+    """Write the summary that the host printed as ``summary.csv``, where the host has not."""
+    if not (folder / "summary.csv").exists() and model.summary_metrics is not None:
+        with replacing(folder / "summary.csv") as temporary:
+            pd.DataFrame(model.summary_metrics).to_csv(temporary)
 
 
 def check_data(cfg: DictConfig, console: Console) -> None:
@@ -120,15 +161,21 @@ def tabulate_run(cfg: DictConfig, model: Any, console: Console) -> pd.DataFrame:
     """Score the references like the model, print the table and write ``table.csv`` and ``per_condition.parquet``."""
     folder = Path(cfg.paths.output_dir)
     predicted = ad.read_h5ad(folder / "predicted.h5ad")
-    result = model.evaluation_result
     names = list(cfg.get("references") or [])
+    pipelines, columns = cfg.data.evaluation.evaluation_pipelines, columns_of(cfg)
+    result = getattr(model, "evaluation_result", None)
+    if names or result is None:
+        cells = split_cells(cfg)
+        evaluated = cfg.data.evaluation.get("split_value_to_evaluate", "test")
+        test = cells.adata[cells.rows([evaluated])][:, predicted.var_names].copy()
+    if result is None:  # PerturBench itself keeps means alone
+        synthetic = bool(cfg.data.evaluation.get("use_synthetic_controls", False))
+        result = score_models({type(model).__name__: predicted}, test, columns, pipelines, console, synthetic)
     summary, per_condition = result.summary, [result.per_condition]
     if names:
-        cells = split_cells(cfg)
-        test = cells.adata[cells.rows(["test"])][:, predicted.var_names].copy()
         n = predicted.obs.groupby("_condition_idx", observed=True).size().max()
         models = all_references(cells, names, int(n))
-        references = score_models(models, test, columns_of(cfg), cfg.data.evaluation.evaluation_pipelines, console)
+        references = score_models(models, test, columns, pipelines, console)
         summary = pd.concat([summary, references.summary], axis=1)
         per_condition.append(references.per_condition)
     with replacing(folder / "table.csv") as temporary:
@@ -214,25 +261,3 @@ def evaluate_files(
     if output is not None:
         save_evaluation(result, Path(output))
     return result.summary
-
-
-def predict_run(cfg: DictConfig, console: Console) -> Path:
-    """Generate the conditions of a table with the model of a finished run.
-
-    Raises
-    ------
-    InputError
-        If the checkpoint's run has no ``config.yaml`` beside it.
-    """
-    checkpoint = Path(cfg.ckpt_path)
-    config = checkpoint.resolve().parent.parent / "config.yaml"
-    if not checkpoint.is_file():
-        raise InputError(f"there is no checkpoint {checkpoint}; give ckpt_path=PATH of a finished run")
-    if not config.is_file():
-        raise InputError(f"{checkpoint} does not lie in a run's folder: there is no {config} to take its settings from")
-    run = OmegaConf.load(config)
-    with open_dict(cfg):
-        cfg = OmegaConf.merge({"data": run.data, "model": run.model}, cfg)
-    done = load("modelcore.predict.predict")(cfg)
-    console.print(f"Predicted cells are in {cfg.output_path}")
-    return Path(done["model"].prediction_config["output_path"])

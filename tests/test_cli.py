@@ -312,7 +312,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
     settings = [argument for argument in TINY if not argument.startswith("trainer.")]
     settings += ["test=false", f"data.data.filename={screen_path}", "trainer.val_check_interval=10000"]
     settings += ["data.loader.batch_size=16", "trainer.enable_progress_bar=false"]
-    start = [sys.executable, "-m", "primeflow_perturbench.cli", "train", *settings]
+    start = [sys.executable, "-m", "primeflow_perturbench", "train", *settings]
     start[start.index("trainer.enable_progress_bar=false")] = "+trainer.enable_progress_bar=false"
     process = subprocess.Popen(
         [*start, "trainer.max_steps=1000000", f"hydra.run.dir={tmp_path / 'a'}"],

@@ -64,8 +64,6 @@ class ConditionEncoder:
         null[-1] = 1.0
         return null
 
-    def drop(self, condition: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-        """Replace each row by the null condition with this probability (Ho and Salimans 2022, algorithm 1)."""
-        device = generator.device if generator is not None else condition.device
-        dropped = torch.rand(len(condition), 1, generator=generator, device=device) < probability
-        return torch.where(dropped.to(condition.device), self.null.to(condition), condition)
+    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        """Replace the rows where ``dropped`` (B,) is true by the null condition (Ho and Salimans 2022, algorithm 1)."""
+        return torch.where(dropped[:, None], self.null.to(condition), condition)

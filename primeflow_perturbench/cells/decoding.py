@@ -1,5 +1,7 @@
 """From what the flow gives to expression: no negative values, and exact zeros below the detection limit."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,21 @@ class ExpressionSurvey:
         self.largest = max(self.largest, float(positive.max()))
         bins = (positive / self.bin_width).long().clamp(max=len(self.histogram) - 1)
         self.histogram += torch.bincount(bins, minlength=len(self.histogram)).double()
+
+    @classmethod
+    def of_all(cls, surveys: Iterable["ExpressionSurvey"]) -> "ExpressionSurvey":
+        """One survey of the cells of many."""
+        whole = cls()
+        for survey in surveys:
+            whole.histogram = whole.histogram + survey.histogram
+            whole.cells += survey.cells
+            whole.negative += survey.negative
+            whole.not_finite += survey.not_finite
+            whole.fractional |= survey.fractional
+            whole._sum = whole._sum + survey._sum
+            whole._squares = whole._squares + survey._squares
+            whole.largest = max(whole.largest, survey.largest)
+        return whole
 
     @property
     def mean(self) -> Tensor:

@@ -1,5 +1,11 @@
 """Learning-rate schedules."""
 
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -32,3 +38,32 @@ def warmup_cosine(
     warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps)
     cosine = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps), eta_min=final_fraction * peak)
     return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+
+
+def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, trainer: L.Trainer) -> dict[str, Any]:
+    """Lightning's scheduler entry from PerturBench's configuration of a scheduler.
+
+    Parameters
+    ----------
+    config
+        ``{conf: partial, dependencies: {argument: "optimizer"}, extras: {monitor, interval, frequency}}``.
+        Where ``conf`` takes ``total_steps`` and has ``None`` for it, it gets the steps of the run.
+    optimizer
+        What is scheduled.
+    trainer
+        Knows how long the run is.
+
+    Raises
+    ------
+    ValueError
+        If the run has no end and the schedule needs one.
+    """
+    conf = config["conf"]
+    arguments = {argument: {"optimizer": optimizer}[name] for argument, name in config["dependencies"].items()}
+    takes_steps = "total_steps" in inspect.signature(conf).parameters
+    if takes_steps and getattr(conf, "keywords", {}).get("total_steps") is None:
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the schedule needs an end of training: set trainer.max_steps or trainer.max_epochs")
+        arguments["total_steps"] = int(steps)
+    return {"scheduler": conf(**arguments), **(config.get("extras") or {})}

@@ -37,6 +37,22 @@ def test_batches_of_any_size_give_the_same_survey():
     assert whole.largest == pytest.approx(float(x.max()))
 
 
+def test_surveys_of_parts_make_the_survey_of_the_whole():
+    cells = torch.rand(30, 5, generator=torch.Generator().manual_seed(0)) * 6
+    cells[3, 2], cells[20, 0], cells[25, 1] = -1, torch.nan, 30
+    whole, parts = ExpressionSurvey(), [ExpressionSurvey() for _ in range(3)]
+    whole.add(cells)
+    for part, rows in zip(parts, cells.split([4, 20, 6]), strict=True):
+        part.add(rows)
+    merged = ExpressionSurvey.of_all(parts)
+    torch.testing.assert_close(merged.histogram, whole.histogram)
+    torch.testing.assert_close(merged.mean, whole.mean, equal_nan=True)
+    torch.testing.assert_close(merged.std, whole.std, equal_nan=True)
+    for name in ("cells", "negative", "not_finite", "fractional", "largest", "looks_like_counts"):
+        assert getattr(merged, name) == getattr(whole, name)
+    assert merged.cells == 30
+
+
 def test_the_learnt_limit_is_half_the_tenth_percentile():
     x = expression()
     tenth = np.quantile(x[x > 0].numpy(), 0.1)

@@ -1,11 +1,13 @@
 import math
 import warnings
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from primeflow_perturbench.training.schedule import warmup_cosine
+from primeflow_perturbench.training.schedule import build_schedule, warmup_cosine
 
 PEAK = 0.02
 
@@ -95,3 +97,37 @@ def test_the_schedule_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rates(30, warmup_steps=3, total_steps=30)
+
+
+def entry(conf, steps=80, extras=None):
+    """Lightning's entry of a schedule in a run of ``steps``."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    config = {"conf": conf, "dependencies": {"optimizer": "optimizer"}, "extras": extras}
+    return build_schedule(config, optimizer, SimpleNamespace(estimated_stepping_batches=steps)), optimizer
+
+
+def test_an_open_length_is_the_runs():
+    given, optimizer = entry(partial(warmup_cosine, warmup_steps=8, total_steps=None), extras={"interval": "step"})
+    assert given["interval"] == "step"
+    for step in range(80):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(closed_form(step, 8, 80))
+        optimizer.step()
+        given["scheduler"].step()
+
+
+def test_a_given_length_stays():
+    given, optimizer = entry(partial(warmup_cosine, warmup_steps=2, total_steps=20))
+    for _ in range(20):
+        optimizer.step()
+        given["scheduler"].step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_schedule_without_a_length_is_left_alone():
+    given, _ = entry(partial(torch.optim.lr_scheduler.StepLR, step_size=3), steps=math.inf)
+    assert isinstance(given["scheduler"], torch.optim.lr_scheduler.StepLR)
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ValueError, match=r"set trainer.max_steps or trainer.max_epochs"):
+        entry(partial(warmup_cosine, warmup_steps=8, total_steps=None), steps=math.inf)

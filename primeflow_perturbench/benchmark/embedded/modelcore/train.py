@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -58,14 +58,18 @@ def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.Lightni
     )
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
     """Fit the model of ``cfg`` and test its best checkpoint.
+
+    Needs of the data module no more than PerturBench's own gives, so that it may be either.
 
     Parameters
     ----------
     cfg
         Composed ``train.yaml``. ``train`` and ``test`` switch the two stages; ``ckpt_path`` resumes, or is
         tested as it is without ``train``, or gives its weights alone with ``finetune``; ``seed`` seeds.
+    callbacks
+        Callbacks beside those of ``cfg``.
 
     Returns
     -------
@@ -82,10 +86,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.train and ckpt_path is None:
         raise DataError("train=false tests a trained model and needs ckpt_path=PATH")
     datamodule = hydra.utils.instantiate(cfg.data)
-    if ckpt_path is not None and (finetune or not cfg.train):
-        record = load_record(ckpt_path)
-        datamodule.use_training_record(record, record["gene_names"])
-    datamodule.setup("fit")
+    record = load_record(ckpt_path) if ckpt_path is not None and (finetune or not cfg.train) else None
+    set_up(datamodule, record)
     model = build_model(cfg, datamodule)
     check_compatible(model, datamodule)
     if finetune:
@@ -93,7 +95,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         model.on_load_checkpoint(weights)
         model.load_state_dict(weights["state_dict"])
     trainer = hydra.utils.instantiate(
-        cfg.trainer, callbacks=instantiate_all(cfg.get("callbacks")), logger=instantiate_all(cfg.get("logger"))
+        cfg.trainer,
+        callbacks=[*instantiate_all(cfg.get("callbacks")), *callbacks],
+        logger=instantiate_all(cfg.get("logger")),
     )
     metrics: dict[str, Any] = {}
     if cfg.train:
@@ -108,6 +112,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=False, verbose=False)
         metrics.update(trainer.callback_metrics)
     return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
+
+
+def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None) -> None:
+    """Prepare training data, with the vocabularies of a checkpoint's training record where one is given."""
+    ours = hasattr(datamodule, "use_training_record")
+    if record is not None and ours:
+        datamodule.use_training_record(record, record["gene_names"])
+    datamodule.setup("fit")
+    if record is not None and not ours:
+        datamodule.transform, datamodule.context = record["transform"], record["train_context"]
+        for iterator in (datamodule.train_iterator, datamodule.val_iterator, datamodule.test_iterator):
+            if iterator is not None:
+                iterator.transform = record["transform"]
 
 
 def check_compatible(model: L.LightningModule, datamodule: L.LightningDataModule) -> None:

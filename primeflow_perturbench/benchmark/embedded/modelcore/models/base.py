@@ -130,12 +130,10 @@ class PerturbationModel(L.LightningModule, ABC):
             predicted = predicted.mean
         return predicted_anndata(predicted, obs, batch.gene_names)
 
-    @property
-    def _prediction_folder(self) -> Path:
-        return Path((self.evaluation_config or {}).get("save_dir") or ".") / "predicted_anndata"
-
     def on_test_start(self) -> None:
-        """Begin with an empty folder of predictions."""
+        """Begin with an empty folder of predictions, the first process's."""
+        folder = Path((self.evaluation_config or {}).get("save_dir") or ".") / "predicted_anndata"
+        self._prediction_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         if self.trainer.is_global_zero:
             shutil.rmtree(self._prediction_folder, ignore_errors=True)
             self._prediction_folder.mkdir(parents=True)
@@ -206,7 +204,7 @@ def write_h5ad(adata: ad.AnnData, path: Path) -> None:
 
 def merge_predictions(folder: Path) -> ad.AnnData:
     """All chunks of a folder in the order of conditions, a condition once even if two devices predicted it."""
-    chunks = [ad.read_h5ad(path) for path in sorted(folder.glob("prediction_rank*_chunk_*.h5ad"))]
+    chunks = [ad.read_h5ad(path) for path in sorted(folder.glob("*.h5ad"))]
     seen: set[int] = set()
     kept = []
     for chunk in chunks:

@@ -1,0 +1,5 @@
+"""``python -m primeflow_perturbench`` is the ``primeflow`` command."""
+
+from primeflow_perturbench.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""What the subcommands share: the console, and how bad input is answered."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+def make_console() -> Console:
+    """Console for people, silent but on the first of several processes; libraries quiet, our warnings plain."""
+    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    console = Console(quiet=not first)
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    return console
+
+
+def answering(work: Callable[[], object]) -> None:
+    """Do the work; bad input ends with one sentence and status 2."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import MissingMandatoryValue
+
+    from primeflow_perturbench.benchmark.embedded.errors import DataError
+    from primeflow_perturbench.errors import InputError
+
+    try:
+        work()
+    except MissingMandatoryValue as error:
+        refuse(f"{error.full_key} must be given: add {error.full_key}=VALUE")
+    except InstantiationException as error:
+        # A wrong value or an unknown name in the settings; anything else is a fault of ours and shows its trace.
+        for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None)):
+            if isinstance(cause, ValueError | TypeError):
+                refuse(str(cause))
+        raise
+    except (InputError, DataError) as error:
+        refuse(str(error))
+
+
+def refuse(sentence: str) -> None:
+    """Print why and end with status 2."""
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {sentence}", highlight=False, soft_wrap=True)
+    sys.exit(2)

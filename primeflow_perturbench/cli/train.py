@@ -1,0 +1,23 @@
+"""``primeflow train``: Train, generate the held-out conditions and score them: a Hydra application."""
+
+import hydra
+from omegaconf import DictConfig
+
+from primeflow_perturbench.cli.common import answering, make_console
+
+
+@hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Run what the settings say."""
+    console = make_console()
+
+    def work() -> None:
+        from primeflow_perturbench.runs import train_run
+
+        train_run(cfg, console)
+
+    answering(work)
+
+
+if __name__ == "__main__":
+    main()

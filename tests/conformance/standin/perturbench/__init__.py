@@ -1,0 +1,5 @@
+"""A stand-in for PerturBench with the interface that the real one has, and nothing beyond it.
+
+Made for tests: its parts come from the embedded subset, but what that offers on top is hidden, so that a model
+which leans on it fails here as it would in a real installation.
+"""

@@ -1,0 +1,1 @@
+"""Configurations of the stand-in."""

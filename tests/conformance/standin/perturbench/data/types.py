@@ -1,0 +1,5 @@
+"""Batches."""
+
+from primeflow_perturbench.benchmark.embedded.data.types import Batch
+
+__all__ = ["Batch"]

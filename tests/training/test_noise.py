@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from primeflow_perturbench.training.noise import BLOCK, batch_noise
+
+G = 5
+
+
+def cells(n):
+    return torch.zeros(n, G)
+
+
+def parts(noise):
+    return noise.x_0, noise.t, noise.chance
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_devices_draw_together_what_one_would(n, world):
+    whole = batch_noise(cells(n), [7, 0, 1])
+    for rank in range(min(world, n)):
+        mine = torch.arange(n)[rank::world]
+        dealt = batch_noise(cells(len(mine)), [7, 0, 1], rank, world)
+        for of_one, of_many in zip(parts(whole), parts(dealt), strict=True):
+            assert torch.equal(of_one[mine], of_many)
+
+
+def test_a_smaller_batch_has_the_noise_of_its_cells():
+    for of_large, of_small in zip(parts(batch_noise(cells(70), [1])), parts(batch_noise(cells(33), [1])), strict=True):
+        assert torch.equal(of_large[:33], of_small)
+
+
+def test_every_name_of_a_batch_gives_other_noise():
+    drawn = [batch_noise(cells(2 * BLOCK), entropy) for entropy in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1])]
+    blocks = [noise.x_0[start : start + BLOCK] for noise in drawn for start in (0, BLOCK)]
+    assert len({float(block.sum()) for block in blocks}) == 8
+    assert torch.equal(batch_noise(cells(9), [3, 1]).t, batch_noise(cells(9), [3, 1]).t)
+
+
+def test_the_distributions():
+    noise = batch_noise(torch.zeros(20_000, G), [0])
+    assert noise.x_0.mean() == pytest.approx(0, abs=0.02)
+    assert noise.x_0.std() == pytest.approx(1, abs=0.02)
+    for uniform in (noise.t, noise.chance):
+        assert ((uniform >= 0) & (uniform < 1)).all()
+        assert uniform.mean() == pytest.approx(0.5, abs=0.01)
+        assert uniform.var() == pytest.approx(1 / 12, abs=0.002)
+    together = torch.corrcoef(torch.stack([noise.t, noise.chance, noise.x_0[:, 0], noise.x_0[:, 1]]))
+    assert (together - torch.eye(4)).abs().max() < 0.03
+
+
+def test_type_and_device_follow_the_cells():
+    noise = batch_noise(torch.zeros(3, G, dtype=torch.float64), [0])
+    assert noise.x_0.dtype == torch.float64
+    assert noise.x_0.shape == (3, G)
