@@ -1,7 +1,6 @@
 """The command line as a person meets it: tables, files, and one sentence for bad input."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -159,54 +158,6 @@ def _dense(adata):
     return adata.X.toarray() if sp.issparse(adata.X) else np.asarray(adata.X)
 
 
-def test_predict_writes_the_conditions_of_a_table(run, tmp_path, monkeypatch):
-    conditions = pd.DataFrame({"cell_type": ["alpha", "beta"], "condition": ["G0+G7", "G1"]})
-    conditions.to_csv(tmp_path / "conditions.csv", index=False)
-    call(
-        monkeypatch,
-        "predict",
-        f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
-        f"prediction_dataframe_path={tmp_path / 'conditions.csv'}",
-        f"output_path={tmp_path / 'out'}",
-        f"hydra.run.dir={tmp_path / 'hydra'}",
-        "~callbacks.progress_bar",
-    )
-    parts = [ad.read_h5ad(path) for path in sorted((tmp_path / "out").glob("*.h5ad"))]
-    cells = ad.concat(parts)
-    sizes = cells.obs.groupby(["cell_type", "condition"], observed=True).size().to_dict()
-    assert sizes == {("alpha", "G0+G7"): 40, ("beta", "G1"): 40}
-
-
-def test_predicted_bits_depend_on_neither_chunks_nor_order(run, tmp_path, monkeypatch):
-    """The same conditions one, seven and 512 at a time, and backwards."""
-    pairs = [(line, label) for line in ("alpha", "beta", "gamma") for label in ("G0", "G1", "G0+G7", "G2+G3")]
-    conditions = pd.DataFrame(pairs, columns=["cell_type", "condition"])
-
-    def predicted(name, chunk_size, table):
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-        call(
-            monkeypatch,
-            "predict",
-            f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
-            f"prediction_dataframe_path={tmp_path / name}.csv",
-            f"output_path={tmp_path / name}",
-            f"hydra.run.dir={tmp_path / 'hydra' / name}",
-            f"chunk_size={chunk_size}",
-            "~callbacks.progress_bar",
-        )
-        cells = ad.concat([ad.read_h5ad(path) for path in sorted((tmp_path / name).glob("*.h5ad"))])
-        groups = cells.obs.groupby(["cell_type", "condition"], observed=True).indices
-        return {key: _dense(cells[rows]) for key, rows in groups.items()}
-
-    first = predicted("ones", 1, conditions)
-    assert set(first) == set(pairs)
-    for name, chunk_size, table in [("seven", 7, conditions), ("all", 512, conditions), ("back", 5, conditions[::-1])]:
-        other = predicted(name, chunk_size, table)
-        for key in pairs:
-            np.testing.assert_array_equal(other[key], first[key])
-    assert (first[pairs[0]] != first[pairs[1]]).any()
-
-
 def test_evaluate_scores_files_as_the_run_did(run, tmp_path, monkeypatch, screen_path):
     split = pd.read_csv(run / "train_test_split.csv", header=None, index_col=0)[1]
     measured = ad.read_h5ad(screen_path)
@@ -281,30 +232,6 @@ def test_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, scr
 def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
     sentence = refused(monkeypatch, capsys, "train", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
     assert "data.data.filename=" in sentence
-
-
-def test_predict_names_an_unseen_perturbation(run, tmp_path, monkeypatch, capsys):
-    pd.DataFrame({"cell_type": ["alpha"], "condition": ["NOVEL1"]}).to_csv(tmp_path / "c.csv", index=False)
-    sentence = refused(
-        monkeypatch,
-        capsys,
-        "predict",
-        f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
-        f"prediction_dataframe_path={tmp_path / 'c.csv'}",
-        f"output_path={tmp_path / 'out'}",
-        f"hydra.run.dir={tmp_path / 'hydra'}",
-        "~callbacks.progress_bar",
-    )
-    assert "NOVEL1" in sentence
-    assert "not seen in training" in sentence
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
-
-
-def test_a_checkpoint_outside_a_run_is_refused(run, tmp_path, monkeypatch, capsys):
-    shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "alone.ckpt")
-    arguments = [f"ckpt_path={tmp_path / 'alone.ckpt'}", "prediction_dataframe_path=c.csv"]
-    sentence = refused(monkeypatch, capsys, "predict", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
-    assert "does not lie in a run's folder" in sentence
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):

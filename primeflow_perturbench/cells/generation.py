@@ -1,7 +1,9 @@
 """Generate the cells of conditions, each cell being a function of (seed, condition, index) alone."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,22 @@ from primeflow_perturbench.flow.guidance import Velocity, guide
 from primeflow_perturbench.flow.sampling import ODESolver
 
 TILE = 32
+Finish = Callable[[Tensor], Tensor]
+Block = tuple[int, int, Tensor]
+
+
+class Tile(NamedTuple):
+    """``n`` cells of the condition in row ``row``, from its cell ``first`` on, and their noise (TILE, G)."""
+
+    row: int
+    first: int
+    n: int
+    noise: Tensor
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The values as they are."""
+    return x
 
 
 def unsigned_zeros(condition: Tensor) -> Tensor:
@@ -76,7 +94,7 @@ class CellGenerator:
         self.n_genes, self.solver, self.seed = n_genes, solver, seed
         self.sample_batch_size = sample_batch_size
 
-    def generate(self, condition: Tensor, finish: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def generate(self, condition: Tensor, finish: Finish = unchanged) -> Tensor:
         """Cells (N, G) on the CPU, in the order of the rows of ``condition`` (N, C).
 
         The k-th row of a condition gets the condition's k-th cell.
@@ -88,35 +106,51 @@ class CellGenerator:
         finish
             Applied to each batch of generated values on the device, for example decoding.
         """
+        groups = [rows for _, rows in group_rows(condition)]
+        distinct = condition[[int(rows[0]) for rows in groups]]
         cells = torch.empty(len(condition), self.n_genes)
-        for batch in self._batches(condition):
-            x_0 = torch.cat([noise for _, _, noise in batch]).to(condition.device)
-            repeated = torch.cat([vector.expand(TILE, -1) for vector, _, _ in batch])
+        for group, first, block in self.stream(distinct, [len(rows) for rows in groups], finish):
+            cells[groups[group][first : first + len(block)]] = block
+        return cells
+
+    def stream(self, condition: Tensor, counts: Sequence[int], finish: Finish = unchanged) -> Iterator[Block]:
+        """Blocks ``(row, first, cells (n, G))`` of the first ``counts[row]`` cells of each row's condition.
+
+        Rows come in order, and so do the cells of a row; ``first`` is the index of a block's first cell within
+        its condition. No more than ``sample_batch_size`` cells exist at once, on the device or on the CPU.
+
+        Parameters
+        ----------
+        condition
+            Condition vectors (N, C), on the device that computes. Rows that are equal get equal cells.
+        counts
+            Cells of each row, length N.
+        finish
+            As for `generate`.
+        """
+        for batch in self._batches(condition, counts):
+            x_0 = torch.cat([tile.noise for tile in batch]).to(condition.device)
+            repeated = torch.cat([condition[tile.row].expand(TILE, -1) for tile in batch])
 
             def velocity(x: Tensor, t: Tensor, repeated: Tensor = repeated) -> Tensor:
                 return self.velocity(x, t, repeated)
 
             x_1 = finish(self.solver.integrate(velocity, x_0)).to("cpu", torch.float32)
-            for (_, rows, _), tile in zip(batch, x_1.split(TILE), strict=True):
-                cells[rows] = tile[: len(rows)]
-        return cells
+            for tile, cells in zip(batch, x_1.split(TILE), strict=True):
+                yield tile.row, tile.first, cells[: tile.n]
 
-    def _tiles(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(condition vector (C,), rows (n <= TILE,), noise (TILE, G)) of every tile."""
-        for vector, rows in group_rows(condition):
+    def _tiles(self, condition: Tensor, counts: Sequence[int]) -> Iterator[Tile]:
+        """The tiles of every row."""
+        for row, (vector, n) in enumerate(zip(condition, counts, strict=True)):
             generator = condition_generator(self.seed, vector)
-            for tile in rows.split(TILE):
-                yield vector, tile, torch.randn(TILE, self.n_genes, generator=generator)
+            for first in range(0, int(n), TILE):
+                noise = torch.randn(TILE, self.n_genes, generator=generator)
+                yield Tile(row, first, min(TILE, int(n) - first), noise)
 
-    def _batches(self, condition: Tensor) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    def _batches(self, condition: Tensor, counts: Sequence[int]) -> Iterator[list[Tile]]:
         """Lists of tiles that are integrated together."""
         alone = condition.device.type == "cpu" or self.solver.adaptive
         most = 1 if alone else max(1, self.sample_batch_size // TILE)
-        batch = []
-        for tile in self._tiles(condition):
-            batch.append(tile)
-            if len(batch) == most:
-                yield batch
-                batch = []
-        if batch:
+        tiles = self._tiles(condition, counts)
+        while batch := list(islice(tiles, most)):
             yield batch

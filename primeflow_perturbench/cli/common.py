@@ -15,9 +15,9 @@ def make_console() -> Console:
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     console = Console(quiet=not first)
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    # Not by the level of Lightning's loggers, which Lightning sets when it is imported.
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or not record.name.startswith("lightning"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     return console
 

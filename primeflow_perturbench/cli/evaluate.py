@@ -30,11 +30,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Score the files of the command line and print the table."""
     chosen = parse()
+    from primeflow_perturbench.runs import evaluate_files
+
     console = make_console()
 
     def work() -> None:
-        from primeflow_perturbench.runs import evaluate_files
-
         columns = {
             "perturbation_key": chosen.perturbation_key,
             "covariate_keys": chosen.covariate_keys,

@@ -1,4 +1,4 @@
-"""``primeflow train``: Train, generate the held-out conditions and score them: a Hydra application."""
+"""``primeflow train``: train, generate the held-out conditions and score them: a Hydra application."""
 
 import hydra
 from omegaconf import DictConfig

@@ -106,7 +106,7 @@ def _check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
     for axis, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
         if len(names) == 1:
             found, mend = f"one {axis}, {names[0]!r}", "one alone teaches nothing, give the whole screen"
-            findings.append(Finding("error", file, found, f"two {axis}s or more", mend))
+            findings.append(Finding("error", f"{file}, {axis} names", found, f"two {axis}s or more", mend))
         twice = names[names.duplicated()].unique()
         if len(twice):
             make = "obs_names_make_unique" if axis == "cell" else "var_names_make_unique"

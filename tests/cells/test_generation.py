@@ -30,8 +30,8 @@ class Network:
 class SharedForwards(CellGenerator):
     """Several tiles in a forward, as on an accelerator."""
 
-    def _batches(self, condition):
-        tiles, most = list(self._tiles(condition)), max(1, self.sample_batch_size // TILE)
+    def _batches(self, condition, counts):
+        tiles, most = list(self._tiles(condition, counts)), max(1, self.sample_batch_size // TILE)
         yield from (tiles[start : start + most] for start in range(0, len(tiles), most))
 
 
@@ -166,13 +166,13 @@ def test_several_tiles_of_several_conditions_are_batched_in_full():
         def device(self):
             return torch.device("cuda")
 
-    condition = repeated(A=40, B=5, C=70)
+    condition, counts = torch.stack([A, B, C]), [40, 5, 70]
     generator = CellGenerator(Network(), N_GENES, NULL, MIDPOINT, sample_batch_size=100)
-    lengths = [len(batch) for batch in generator._batches(condition.as_subclass(Meta))]
+    lengths = [len(batch) for batch in generator._batches(condition.as_subclass(Meta), counts)]
     assert lengths == [3, 3]
     adaptive = CellGenerator(Network(), N_GENES, NULL, DOPRI5, sample_batch_size=100)
-    assert [len(batch) for batch in adaptive._batches(condition.as_subclass(Meta))] == [1] * 6
-    assert [len(batch) for batch in generator._batches(condition)] == [1] * 6
+    assert [len(batch) for batch in adaptive._batches(condition.as_subclass(Meta), counts)] == [1] * 6
+    assert [len(batch) for batch in generator._batches(condition, counts)] == [1] * 6
 
 
 def test_a_velocity_towards_a_mean_gives_the_closed_form():
@@ -217,3 +217,63 @@ def test_a_batch_of_nothing_is_refused():
 def test_a_negative_guidance_is_refused():
     with pytest.raises(ValueError, match="guidance must be at least 0, got -1"):
         CellGenerator(Network(), N_GENES, NULL, MIDPOINT, guidance=-1)
+
+
+# --- streams
+
+
+def streamed(names, counts, kind=CellGenerator, **settings):
+    """Cells by name of a stream of named conditions, checked to come in order and without a gap."""
+    condition = torch.stack([globals()[name] for name in names])
+    cells = {name: torch.empty(0, N_GENES) for name in names}
+    last = 0
+    generator = kind(Network(), N_GENES, NULL, settings.pop("solver", MIDPOINT), **settings)
+    for row, first, block in generator.stream(condition, counts):
+        assert row >= last
+        assert first == len(cells[names[row]])
+        cells[names[row]] = torch.cat([cells[names[row]], block])
+        last = row
+    assert [len(block) for block in cells.values()] == list(counts)
+    return cells
+
+
+@SOLVERS
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sample_batch_size", [1, 512])
+def test_a_stream_has_the_bits_of_generate(solver, guidance, sample_batch_size):
+    settings = {"solver": solver, "guidance": guidance, "sample_batch_size": sample_batch_size}
+    cells = streamed("ABC", [40, 5, 70], **settings)
+    assert torch.equal(torch.cat(list(cells.values())), generated(repeated(A=40, B=5, C=70), **settings))
+
+
+@SOLVERS
+def test_a_stream_depends_on_neither_order_nor_counts_nor_company(solver):
+    first, turned = streamed("ABC", [40, 5, 70], solver=solver), streamed("CAB", [33, 64, 1], solver=solver)
+    for name, n in {"A": 40, "B": 1, "C": 33}.items():
+        assert torch.equal(first[name][:n], turned[name][:n])
+    assert torch.equal(streamed("B", [5], solver=solver)["B"], first["B"])
+    assert not torch.equal(first["A"][:5], first["B"])
+
+
+def test_a_stream_of_shared_forwards_is_in_order_and_agrees_to_rounding():
+    shared = streamed("ABC", [40, 5, 70], SharedForwards, sample_batch_size=100)
+    for name, cells in streamed("ABC", [40, 5, 70]).items():
+        torch.testing.assert_close(shared[name], cells, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_computes_only_what_is_taken_from_it():
+    network = Network()
+    blocks = CellGenerator(network, N_GENES, NULL, MIDPOINT).stream(torch.stack([A, B]), [10**9, 1])
+    assert network.rows == []
+    _, _, cells = next(blocks)
+    assert len(cells) == TILE
+    assert len(network.rows) == MIDPOINT.evaluations
+
+
+def test_a_row_of_no_cells_is_passed_over():
+    assert len(streamed("ABC", [3, 0, 2])["B"]) == 0
+
+
+def test_a_stream_needs_a_count_for_every_row():
+    with pytest.raises(ValueError, match="shorter"):
+        list(CellGenerator(Network(), N_GENES, NULL, MIDPOINT).stream(torch.stack([A, B]), [1]))

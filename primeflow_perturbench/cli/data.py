@@ -1,0 +1,147 @@
+"""``primeflow data``: download the benchmark's data, check a file, preprocess counts."""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from primeflow_perturbench.cli.common import answering, make_console
+
+# Statuses of a program whose check failed, and of one ended by SIGINT.
+WILL_NOT_TRAIN = 1
+INTERRUPTED = 130
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(prog="primeflow data", description="Get data that a model can train on.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_download(commands)
+    _add_check(commands)
+    _add_preprocess(commands)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Do what the command line says."""
+    chosen = parse()
+    console = make_console()
+    work = {"download": _download, "check": _check, "preprocess": _preprocess}[chosen.command]
+    answering(lambda: work(chosen, console))
+
+
+def _add_download(commands: argparse._SubParsersAction) -> None:
+    text = "fetch data sets of PerturBench, checked and unpacked; the same command continues an interrupted one"
+    parser = commands.add_parser("download", help=text, description=text)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="data sets, or all")
+    parser.add_argument("--list", action="store_true", help="list the data sets and end")
+    parser.add_argument("--folder", help="where they go (default: $PRIMEFLOW_DATA, or data)")
+    parser.add_argument(
+        "--revision",
+        help="branch, tag or commit of the repository (default: the one in the folder's lock file, or main)",
+    )
+    parser.add_argument("--force", action="store_true", help="fetch again what is there")
+    parser.add_argument("--keep", action="store_true", help="keep the compressed files too")
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    text = "say column by column whether a model will train on a file; status 1 if it will not"
+    parser = commands.add_parser("check", help=text, description=text)
+    parser.add_argument("file", help="h5ad of log1p expression")
+    _add_columns(parser)
+
+
+def _add_preprocess(commands: argparse._SubParsersAction) -> None:
+    text = "make of raw counts what a model trains on: log1p of normalised counts of variable genes"
+    parser = commands.add_parser("preprocess", help=text, description=text)
+    parser.add_argument("source", help="h5ad of raw counts")
+    parser.add_argument("target", help="h5ad to write")
+    _add_columns(parser)
+    parser.add_argument("--counts-layer", help="layer of the raw counts (default: X)")
+    parser.add_argument(
+        "--n-top-genes", type=int, default=4000, help="highly variable genes to keep (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--n-de-genes",
+        type=int,
+        default=50,
+        help="differentially expressed genes to keep per covariate group and perturbation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-sum", type=float, default=1e4, help="counts of a cell after normalising (default: %(default)s)"
+    )
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
+    parser.add_argument("--covariate-keys", nargs="*", default=[], help="columns of obs (default: none)")
+    parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
+    parser.add_argument(
+        "--delimiter", default="+", help="what joins the parts of a combination, '' for nothing (default: %(default)s)"
+    )
+
+
+def _download(chosen: argparse.Namespace, console: Console) -> None:
+    from primeflow_perturbench.data.download import download, listing
+    from primeflow_perturbench.errors import InputError
+
+    if chosen.list:
+        table, trouble = listing(chosen.folder, chosen.revision)
+        console.print(table)
+        if trouble:
+            console.print(f"No sizes: {trouble}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if not chosen.names:
+        raise InputError("primeflow data download: found no name, expected data sets or all; --list shows them")
+    try:
+        download(
+            chosen.names,
+            chosen.folder,
+            revision=chosen.revision,
+            force=chosen.force,
+            keep=chosen.keep,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command continues where it stopped.")
+        sys.exit(INTERRUPTED)
+
+
+def _check(chosen: argparse.Namespace, console: Console) -> None:
+    from primeflow_perturbench.data.check import check_anndata, read_h5ad
+    from primeflow_perturbench.data.report import STYLES, check_table, verdict
+
+    columns = {
+        "filename": chosen.file,
+        "perturbation_key": chosen.perturbation_key,
+        "perturbation_control_value": chosen.control,
+        "covariate_keys": chosen.covariate_keys,
+        "perturbation_combination_delimiter": chosen.delimiter or None,
+    }
+    adata = read_h5ad(chosen.file, backed=True)
+    findings = check_anndata(adata, **columns)
+    console.print(check_table(adata, findings, **columns))
+    for finding in findings:
+        console.print(f"{finding.level}: ", style=STYLES[finding.level], end="")
+        console.print(finding.sentence, highlight=False, markup=False, soft_wrap=True)
+    console.print(verdict(findings, chosen.file), style="bold", highlight=False, markup=False, soft_wrap=True)
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(WILL_NOT_TRAIN)
+
+
+def _preprocess(chosen: argparse.Namespace, console: Console) -> None:
+    from primeflow_perturbench.data.preprocess import preprocess
+
+    preprocess(
+        chosen.source,
+        chosen.target,
+        perturbation_key=chosen.perturbation_key,
+        covariate_keys=chosen.covariate_keys,
+        control=chosen.control,
+        delimiter=chosen.delimiter or None,
+        counts_layer=chosen.counts_layer,
+        n_top_genes=chosen.n_top_genes,
+        n_de_genes=chosen.n_de_genes,
+        target_sum=chosen.target_sum,
+        console=console,
+    )
