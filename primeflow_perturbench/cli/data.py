@@ -82,7 +82,7 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(chosen: argparse.Namespace, console: Console) -> None:
-    from primeflow_perturbench.data.download import download, listing
+    from primeflow_perturbench.data.download.fetch import download, listing
     from primeflow_perturbench.errors import InputError
 
     if chosen.list:

@@ -163,7 +163,7 @@ def test_an_interrupted_download_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("primeflow_perturbench.data.download.download", interrupted)
+    monkeypatch.setattr("primeflow_perturbench.data.download.fetch.download", interrupted)
     assert call(monkeypatch, "download", "norman19") == 130
     assert capsys.readouterr().out == "Interrupted. The same command continues where it stopped.\n"
 

@@ -20,11 +20,11 @@ from fake_hub import CHUNK, FIRST, SECOND
 from filelock import FileLock
 from rich.console import Console
 
-from primeflow_perturbench.data import download as module
-from primeflow_perturbench.data import hub as hub_module
-from primeflow_perturbench.data import unpack
-from primeflow_perturbench.data.catalogue import DATASETS
-from primeflow_perturbench.data.download import download
+from primeflow_perturbench.data.download import fetch as module
+from primeflow_perturbench.data.download import hub as hub_module
+from primeflow_perturbench.data.download import unpack
+from primeflow_perturbench.data.download.catalogue import DATASETS
+from primeflow_perturbench.data.download.fetch import download
 from primeflow_perturbench.errors import InputError
 
 CELLS = "norman19_processed.h5ad.gz"

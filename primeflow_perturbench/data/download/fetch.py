@@ -14,10 +14,10 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from primeflow_perturbench.data.catalogue import DATASETS, REPOSITORY, Dataset, choose, unpacked_name
-from primeflow_perturbench.data.hub import Hub, RemoteFile, Snapshot, verify
-from primeflow_perturbench.data.lock import LOCK, Lock, size_on_disk
-from primeflow_perturbench.data.unpack import gunzip, untar
+from primeflow_perturbench.data.download.catalogue import DATASETS, REPOSITORY, Dataset, choose, unpacked_name
+from primeflow_perturbench.data.download.hub import Hub, RemoteFile, Snapshot, verify
+from primeflow_perturbench.data.download.lock import LOCK, Lock, size_on_disk
+from primeflow_perturbench.data.download.unpack import gunzip, untar
 from primeflow_perturbench.errors import InputError
 
 BUSY = ".perturbench.busy"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 from primeflow_perturbench.benchmark.embedded.files import replacing
-from primeflow_perturbench.data.catalogue import REPOSITORY, Dataset, unpacked_name
-from primeflow_perturbench.data.hub import RemoteFile
+from primeflow_perturbench.data.download.catalogue import REPOSITORY, Dataset, unpacked_name
+from primeflow_perturbench.data.download.hub import RemoteFile
 from primeflow_perturbench.errors import InputError
 
 LOCK = "perturbench.lock.json"

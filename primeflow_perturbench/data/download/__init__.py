@@ -1,0 +1,1 @@
+"""PerturBench's public data sets: which there are, how they are fetched, checked, unpacked and pinned."""
