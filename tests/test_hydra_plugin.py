@@ -43,7 +43,7 @@ def search_path(main):
 OURS = ("primeflow-perturbench", "pkg://primeflow_perturbench.configs")
 
 
-@pytest.mark.parametrize("main", ["pkg://perturbench.configs", "pkg://perturbench.modelcore.configs"])
+@pytest.mark.parametrize("main", ["pkg://perturbench.configs", "pkg://perturbench/configs", "pkg://perturbench"])
 def test_the_package_perturbench_gets_our_configurations_after_its_own(main):
     assert search_path(main)[1:] == [("main", main), OURS]
 
@@ -61,6 +61,7 @@ def test_so_does_a_script_of_its_folder(tmp_path, scheme):
         "pkg://configs",
         "pkg://mine.perturbench",
         "pkg://perturbench_fork.configs",
+        "pkg://perturbench_fork/configs",
         "pkg://primeflow_perturbench.configs",
         "file:///home/me/perturbench/configs",
         "/home/me/perturbench/configs",

@@ -28,6 +28,7 @@ def of_host(path: str) -> bool:
     """Whether a folder of configurations, as a package ``pkg://...`` or a path, lies in the package PerturBench."""
     scheme, _, rest = path.rpartition("://")
     if scheme == "pkg":
-        return rest.split(".")[0] == HOST
+        # Hydra writes pkg://package/folder where it derives the path from the module of a console script.
+        return rest.replace("/", ".").split(".")[0] == HOST
     parents = Path(rest).parents
     return any(folder.name == HOST and (folder / "modelcore").is_dir() for folder in parents)

@@ -11,15 +11,19 @@ from rich.logging import RichHandler
 
 
 def make_console() -> Console:
-    """Console for people, silent but on the first of several processes; libraries quiet, our warnings plain."""
+    """Console for people, silent but on the first of several processes; our warnings in plain sentences."""
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     console = Console(quiet=not first)
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    # Not by the level of Lightning's loggers, which Lightning sets when it is imported.
-    handler.addFilter(lambda record: record.levelno >= logging.ERROR or not record.name.startswith("lightning"))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     warnings.filterwarnings("ignore")
     return console
+
+
+def quieten_lightning() -> None:
+    """Let Lightning report errors alone; to be called once it is imported, for then it sets its loggers."""
+    for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def answering(work: Callable[[], object]) -> None:

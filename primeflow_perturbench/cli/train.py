@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from primeflow_perturbench.cli.common import answering, make_console
+from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
 
 
 @hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
@@ -14,6 +14,7 @@ def main(cfg: DictConfig) -> None:
     def work() -> None:
         from primeflow_perturbench.runs import train_run
 
+        quieten_lightning()
         train_run(cfg, console)
 
     answering(work)

@@ -155,8 +155,13 @@ def test_our_options_resolve_among_its_own(given):
     assert cfg.trainer._target_ == "lightning.pytorch.trainer.Trainer"
 
 
-def test_an_experiment_of_ours_resolves_in_its_command():
-    said = call("-m", "perturbench.modelcore.train", "experiment=primeflow/norman19", "--cfg", "job")
+AS_CONSOLE_SCRIPT = ["-c", "from perturbench.modelcore.train import main; main()"]
+
+
+@pytest.mark.parametrize("start", [["-m", "perturbench.modelcore.train"], AS_CONSOLE_SCRIPT])
+def test_an_experiment_of_ours_resolves_in_its_command(start):
+    """Hydra names the folder of configurations differently for a script and for a console script."""
+    said = call(*start, "experiment=primeflow/norman19", "--cfg", "job")
     assert "_target_: primeflow_perturbench.model.PRiMeFlow" in said
     assert "_target_: perturbench.data.modules.AnnDataLitModule" in said
 

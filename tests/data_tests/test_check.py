@@ -144,9 +144,7 @@ def test_a_condition_with_a_single_cell():
 @pytest.mark.parametrize("broken", ["A+", "+A", "A++B", "+"])
 def test_empty_parts_of_a_combination(broken):
     said = only(relabelled(**{"A+B": broken}), "error")
-    assert (
-        f"found 1 label with an empty part, '{broken}', expected a perturbation on both sides of '+'" in said
-    )
+    assert f"found 1 label with an empty part, '{broken}', expected a perturbation on both sides of '+'" in said
     assert findings(relabelled(**{"A+B": broken}), perturbation_combination_delimiter=None) == []
 
 

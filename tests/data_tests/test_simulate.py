@@ -159,15 +159,11 @@ def test_responders_are_a_mixture_and_those_who_escape_are_as_controls():
     assert cells.responder.mean() == pytest.approx(screen.responder_fraction("alpha", "G2"), abs=0.015)
     for responders in (True, False):
         part = counts[cells.responder == responders]
-        np.testing.assert_allclose(
-            part.sum(axis=0) / part.sum(), screen.mean("alpha", "G2", responders), atol=0.006
-        )
+        np.testing.assert_allclose(part.sum(axis=0) / part.sum(), screen.mean("alpha", "G2", responders), atol=0.006)
     escaped = counts[~cells.responder]
     assert np.allclose(screen.mean("alpha", "G2", False), screen.mean("alpha", "control"))
     # Along the programmes' change the two kinds are two modes; escaped and control cells are alike.
-    log = {
-        name: log_normalise(sp.csr_matrix(c)).toarray() for name, c in (("all", counts), ("control", control))
-    }
+    log = {name: log_normalise(sp.csr_matrix(c)).toarray() for name, c in (("all", counts), ("control", control))}
     axis = log["all"][cells.responder].mean(axis=0) - log["control"].mean(axis=0)
     score = log["all"] @ axis / np.linalg.norm(axis)
     score_control = log["control"] @ axis / np.linalg.norm(axis)
@@ -210,9 +206,7 @@ def test_the_planted_interaction_comes_back_from_the_cells():
     extra = screen.shift("alpha", "G1+G2") - added
     assert np.linalg.norm(extra) == pytest.approx(0.5 * np.linalg.norm(added))
     none = Screen(ScreenSpec(interaction_strength=0))
-    np.testing.assert_allclose(
-        none.shift("beta", "G1+G2"), none.shift("beta", "G1") + none.shift("beta", "G2")
-    )
+    np.testing.assert_allclose(none.shift("beta", "G1+G2"), none.shift("beta", "G1") + none.shift("beta", "G2"))
 
 
 def test_interactions_are_synergies_and_epistases():
@@ -228,10 +222,7 @@ def test_interactions_are_synergies_and_epistases():
 def test_the_shared_part_of_an_effect_follows_the_context_specificity():
     for share, expected in ((0.0, 1.0), (0.3, 0.7), (1.0, 0.0)):
         screen = Screen(ScreenSpec(context_specificity=share, n_perturbations=200))
-        effects = {
-            line: np.stack([screen.shift(line, p) for p in screen.perturbations])
-            for line in ("alpha", "beta")
-        }
+        effects = {line: np.stack([screen.shift(line, p) for p in screen.perturbations]) for line in ("alpha", "beta")}
         norms = np.linalg.norm(effects["alpha"], axis=1)
         np.testing.assert_allclose(norms, screen.spec.effect_size)
         cosine = (effects["alpha"] * effects["beta"]).sum(axis=1) / screen.spec.effect_size**2
@@ -255,12 +246,7 @@ def test_the_target_is_knocked_down_in_responders():
     assert np.allclose(ratio[others], 1)
     assert np.allclose(down.mean("alpha", "G4", False), full.mean("alpha", "G4", False))
     off = Screen(ScreenSpec(knockdown=0))
-    assert (
-        off.draw("alpha", "G4", 200, 0)
-        .counts.toarray()[:, 4][off.draw("alpha", "G4", 200, 0).responder]
-        .sum()
-        == 0
-    )
+    assert off.draw("alpha", "G4", 200, 0).counts.toarray()[:, 4][off.draw("alpha", "G4", 200, 0).responder].sum() == 0
     beyond = Screen(ScreenSpec(n_genes=5, n_perturbations=8))
     assert beyond.gene_names == ["G0", "G1", "G2", "G3", "G4"]
     assert beyond.sample("alpha", "G7", 10, seed=0).shape == (10, 5)
@@ -347,9 +333,7 @@ def test_simulate_writes_once_and_again_when_the_spec_differs(tmp_path, monkeypa
         {"n_genes": 20, "cells_per_condition": 4, "control_cells_per_line": 5},
     )
     written = []
-    monkeypatch.setattr(
-        Screen, "write", lambda self, p, write=Screen.write: written.append(p) or write(self, p)
-    )
+    monkeypatch.setattr(Screen, "write", lambda self, p, write=Screen.write: written.append(p) or write(self, p))
     assert simulate(path, **small) == str(path)
     # A config gives lists, and whole numbers where fractions are meant.
     simulate(str(path), **small, cell_lines=["alpha", "beta", "gamma"], library_median=1500)
@@ -422,9 +406,7 @@ def test_a_cell_line_that_the_screen_does_not_know(screen):
 def test_small_and_extreme_screens():
     tiny = Screen(ScreenSpec(n_genes=1, n_perturbations=1, n_pairs=0, cell_lines=["a"], n_batches=1)).adata()
     assert tiny.shape == (198, 1)
-    assert (
-        Screen(ScreenSpec(dispersion=0, housekeeping_dispersion=0)).sample("alpha", "G1", 5, 0) >= 0
-    ).all()
+    assert (Screen(ScreenSpec(dispersion=0, housekeeping_dispersion=0)).sample("alpha", "G1", 5, 0) >= 0).all()
     none = Screen(ScreenSpec(responder_fraction=(0, 0)))
     assert not none.adata().obs["responder"].any()
     assert np.isnan(none.mean("alpha", "G1", responders=True)).all()

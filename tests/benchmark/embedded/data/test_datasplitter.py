@@ -67,10 +67,7 @@ def make_config(task: str = "transfer", **changes) -> dict:
 
 def make_obs(labels_of_group: dict[str, list[str]], cells_per_pair: int = 4) -> pd.DataFrame:
     rows = [
-        (label, group)
-        for _ in range(cells_per_pair)
-        for group, labels in labels_of_group.items()
-        for label in labels
+        (label, group) for _ in range(cells_per_pair) for group, labels in labels_of_group.items() for label in labels
     ]
     obs = pd.DataFrame(rows, columns=["condition", "cell_type"])
     obs.index = [f"cell{number}" for number in range(len(obs))]
@@ -429,9 +426,7 @@ def test_bad_split_file_is_named(tmp_path, text, message):
         read_split_csv(path, list("abcd"))
 
 
-@pytest.mark.parametrize(
-    ("labels", "empty"), [("train,train,val,val", "test"), ("val,val,val,test", "train")]
-)
+@pytest.mark.parametrize(("labels", "empty"), [("train,train,val,val", "test"), ("val,val,val,test", "train")])
 def test_empty_split_of_a_file_is_named(tmp_path, labels, empty):
     obs = pd.DataFrame({"condition": ["control", "P", "Q", "R"]}, index=list("abcd"))
     path = tmp_path / "split.csv"
