@@ -90,18 +90,19 @@ def check_anndata(
         found = f"{adata.n_obs} cells and {adata.n_vars} genes"
         mend = "look at the filter that made the file, it kept nothing"
         return [Finding("error", file, found, "cells of at least two conditions and two genes", mend)]
-    findings = _check_names(adata, file)
-    findings += _check_columns(adata.obs, file, perturbation_key, covariate_keys)
+    findings = check_names(adata, file)
+    findings += check_columns(adata.obs, file, perturbation_key, covariate_keys)
     if perturbation_key in adata.obs and not adata.obs[perturbation_key].isna().all():
         where = f"{file}, obs column {perturbation_key!r}"
         known = [key for key in covariate_keys if key in adata.obs]
-        findings += _check_controls(adata.obs, where, perturbation_key, control, known)
+        findings += check_controls(adata.obs, where, perturbation_key, control, known)
         labels = adata.obs[perturbation_key].dropna().astype(str).unique()
-        findings += _check_labels(labels, where, control, perturbation_combination_delimiter or None)
+        findings += check_labels(labels, where, control, perturbation_combination_delimiter or None)
     return findings + _check_values(adata, file, expect, layer)
 
 
-def _check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
+def check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
+    """Names of cells and genes: unique, and more than one."""
     findings = []
     for axis, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
         if len(names) == 1:
@@ -110,14 +111,13 @@ def _check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
         twice = names[names.duplicated()].unique()
         if len(twice):
             make = "obs_names_make_unique" if axis == "cell" else "var_names_make_unique"
-            where, found = f"{file}, {axis} names", f"{len(twice)} that occur more than once, {_some(twice)}"
+            where, found = f"{file}, {axis} names", f"{len(twice)} that occur more than once, {some(twice)}"
             findings.append(Finding("error", where, found, "unique names", f"call adata.{make}()"))
     return findings
 
 
-def _check_columns(
-    obs: pd.DataFrame, file: str, perturbation_key: str, covariate_keys: Sequence[str]
-) -> list[Finding]:
+def check_columns(obs: pd.DataFrame, file: str, perturbation_key: str, covariate_keys: Sequence[str]) -> list[Finding]:
+    """The columns of perturbations and covariates: present, and with a value for each cell."""
     findings = []
     roles = {perturbation_key: "perturbation", **dict.fromkeys(covariate_keys, "covariate")}
     for key, role in roles.items():
@@ -126,7 +126,7 @@ def _check_columns(
             close = difflib.get_close_matches(key, list(obs.columns), n=1)
             setting = "perturbation_key" if role == "perturbation" else "covariate_keys"
             mend = f"did you mean {close[0]!r}? Set {setting}" if close else f"set {setting} to one of them"
-            has = f"only the columns {_some(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
+            has = f"only the columns {some(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
             findings.append(Finding("error", where, has, f"the {role} of each cell", mend))
             continue
         missing = obs[key].isna()
@@ -139,9 +139,10 @@ def _check_columns(
     return findings
 
 
-def _check_controls(
+def check_controls(
     obs: pd.DataFrame, where: str, key: str, control: str, covariate_keys: Sequence[str]
 ) -> list[Finding]:
+    """Control cells in every covariate group that has perturbed cells, and conditions of a single cell."""
     # A numeric covariate is continuous and parts no groups.
     keys = [k for k in covariate_keys if not pd.api.types.is_numeric_dtype(obs[k])]
     obs = obs.loc[obs[[key, *keys]].notna().all(axis=1).to_numpy()]
@@ -157,28 +158,27 @@ def _check_controls(
     findings = []
     if len(counts) == 1:
         mend = "give the perturbed cells too, or another perturbation_key"
-        findings.append(
-            Finding("error", where, f"only {control!r}", "perturbed cells besides controls", mend)
-        )
+        findings.append(Finding("error", where, f"only {control!r}", "perturbed cells besides controls", mend))
     groups = list(zip(*(obs[k].astype(str) for k in keys), strict=True)) if keys else [()] * len(obs)
     conditions = Counter(zip(groups, labels, strict=True))
     without = sorted(g for g in set(groups) if not conditions[g, control])
     if without:
         names = [", ".join(f"{k}={v}" for k, v in zip(keys, group, strict=True)) for group in without]
-        found = f"no cell labelled {control!r} in {_count(without, 'covariate group')}, {_some(names)}"
+        found = f"no cell labelled {control!r} in {counted(without, 'covariate group')}, {some(names)}"
         mend = "add their control cells, drop these groups or use fewer covariate_keys"
         findings.append(Finding("error", where, found, "controls in every covariate group", mend))
     single = sorted(
         " ".join((*group, label)) for (group, label), n in conditions.items() if n == 1 and label != control
     )
     if single:
-        found = f"a single cell in {_count(single, 'condition')}, {_some(single)}"
+        found = f"a single cell in {counted(single, 'condition')}, {some(single)}"
         mend = "drop these conditions if their scores matter"
         findings.append(Finding("warning", where, found, "enough cells to tell a distribution", mend))
     return findings
 
 
-def _check_labels(labels: Sequence[str], where: str, control: str, delimiter: str | None) -> list[Finding]:
+def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str | None) -> list[Finding]:
+    """Labels of perturbations that the delimiter or the control would take apart wrongly."""
     findings = []
     parts = {
         label: label.split(delimiter) if delimiter else [label]
@@ -188,7 +188,7 @@ def _check_labels(labels: Sequence[str], where: str, control: str, delimiter: st
 
     def add(level: str, hit: list[str], problem: str, expected: str, mend: str) -> None:
         if hit:
-            found = f"{_count(hit, 'label')} {problem}, {_some(hit)}"
+            found = f"{counted(hit, 'label')} {problem}, {some(hit)}"
             findings.append(Finding(level, where, found, expected, mend))
 
     padded = [label for label, names in parts.items() if any(name != name.strip() for name in names)]
@@ -202,9 +202,7 @@ def _check_labels(labels: Sequence[str], where: str, control: str, delimiter: st
     effective = {label: {n.strip() for n in names} - {"", control} for label, names in parts.items()}
     alone = set().union(*(names for names in effective.values() if len(names) == 1))
     strange = [label for label, names in effective.items() if len(names) > 1 and alone.isdisjoint(names)]
-    mend = (
-        f"if {delimiter!r} belongs to the names, set perturbation_combination_delimiter to another or to null"
-    )
+    mend = f"if {delimiter!r} belongs to the names, set perturbation_combination_delimiter to another or to null"
     problem = f"with {delimiter!r} inside and no part that is ever seen alone"
     add("warning", strange, problem, "combinations of perturbations seen alone", mend)
     return findings
@@ -257,7 +255,7 @@ def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | None) -> list[Finding]:
     where = f"{file}, X" if layer is None else f"{file}, layer {layer!r}"
     if layer is not None and layer not in adata.layers:
-        found = f"only the layers {_some(adata.layers)}" if len(adata.layers) else "no layers at all"
+        found = f"only the layers {some(adata.layers)}" if len(adata.layers) else "no layers at all"
         return [Finding("error", where, found, "a layer of that name", "name another layer, or none for X")]
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
@@ -267,7 +265,7 @@ def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | N
         if per_gene.any():
             hit = np.flatnonzero(per_gene)
             place = f"{where}, gene {str(adata.var_names[hit[0]])!r}"
-            found = f"{kind} values, {per_gene.sum()} in {_count(hit, 'gene')} of which this is the first"
+            found = f"{kind} values, {per_gene.sum()} in {counted(hit, 'gene')} of which this is the first"
             mend = "scaled or batch-corrected values do not fit, go back to the counts"
             mend = mend if kind == "negative" else "drop these genes or cells, or go back to the counts"
             findings.append(Finding("error", place, found, "finite values of 0 or more", mend))
@@ -317,7 +315,7 @@ def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.Ann
         raise refuse("no such file" if path.parent.is_dir() else f"no folder {str(path.parent)!r}", hint)
     if path.is_dir():
         beside = sorted(p.name for p in path.glob("*.h5ad"))
-        raise refuse("a folder", f"name a file in it: {_some(beside)}" if beside else "name a file")
+        raise refuse("a folder", f"name a file in it: {some(beside)}" if beside else "name a file")
     try:
         with path.open("rb") as file:
             head = file.read(2)
@@ -335,7 +333,7 @@ def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.Ann
         found = "a truncated file" if cut else f"a damaged HDF5 file ({_reason(error)})"
         raise refuse(found, "fetch or write it again, it is not whole") from error
     if not {"obs", "var"} <= set(keys):
-        held = f"an HDF5 file with {_some(keys)}" if keys else "an empty HDF5 file"
+        held = f"an HDF5 file with {some(keys)}" if keys else "an empty HDF5 file"
         raise refuse(f"{held} but without 'obs' and 'var'", "write it with adata.write_h5ad")
     try:
         return anndata.read_h5ad(path, backed="r" if backed else None)
@@ -347,12 +345,13 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _some(names: Iterable[object], most: int = 5) -> str:
+def some(names: Iterable[object], most: int = 5) -> str:
     """Quote the first few names and count the others."""
     names = [repr(str(name)) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _count(names: Sequence[object], noun: str) -> str:
+def counted(names: Sequence[object], noun: str) -> str:
+    """A number of things, with the noun in its number."""
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"

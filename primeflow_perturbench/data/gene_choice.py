@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from primeflow_perturbench.data.check import Finding, _count, _some
+from primeflow_perturbench.data.check import Finding, counted, some
 from primeflow_perturbench.data.counts import Block, Counts
 
 # Bins of mean expression within which dispersions are compared, as in scanpy.
@@ -101,7 +101,7 @@ class Conditions(NamedTuple):
         for reason, hit in reasons.items():
             names = [self.names[i] for i in np.flatnonzero(hit & self.perturbed)]
             if names:
-                found = f"{_count(names, 'condition')} {reason}, {_some(names)}"
+                found = f"{counted(names, 'condition')} {reason}, {some(names)}"
                 mend = "they are kept, but contribute no differentially expressed genes"
                 findings.append(Finding("warning", where, found, "two cells and two controls or more", mend))
         return findings

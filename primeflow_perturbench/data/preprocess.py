@@ -26,13 +26,13 @@ from primeflow_perturbench import __version__
 from primeflow_perturbench.benchmark.embedded.files import replacing
 from primeflow_perturbench.data.check import (
     Finding,
-    _check_columns,
-    _check_controls,
-    _check_labels,
-    _check_names,
-    _some,
+    check_columns,
+    check_controls,
+    check_labels,
+    check_names,
     read_h5ad,
     require,
+    some,
 )
 from primeflow_perturbench.data.counts import Counts
 from primeflow_perturbench.data.gene_choice import Conditions, highly_variable, survey
@@ -193,7 +193,7 @@ def _counts(
     layers = file.get("layers", {})
     stored = file.get("X") if layer is None else layers.get(layer)
     if stored is None:
-        found = f"only the layers {_some(layers)}" if len(layers) else "no layers at all"
+        found = f"only the layers {some(layers)}" if len(layers) else "no layers at all"
         found = "no matrix" if layer is None else found
         mend = "name the layer that holds them with --counts-layer, or none for X"
         raise InputError(Finding("error", place, found, "raw counts", mend).sentence)
@@ -213,12 +213,12 @@ def _check_table(
     if not (len(obs) and len(var)):
         found, mend = f"{len(obs)} cells and {len(var)} genes", "look at the filter that made the file"
         raise InputError(Finding("error", str(source), found, "some of each", mend).sentence)
-    require(_check_names(SimpleNamespace(obs_names=obs.index, var_names=var.index), str(source)))
-    require(_check_columns(obs, str(source), perturbation_key, covariate_keys))
+    require(check_names(SimpleNamespace(obs_names=obs.index, var_names=var.index), str(source)))
+    require(check_columns(obs, str(source), perturbation_key, covariate_keys))
     where = f"{source}, obs column {perturbation_key!r}"
     # A covariate group without controls is only skipped, so they are looked for among all cells.
-    require(_check_controls(obs, where, perturbation_key, control, ()))
-    require(_check_labels(obs[perturbation_key].astype(str).unique(), where, control, delimiter or None))
+    require(check_controls(obs, where, perturbation_key, control, ()))
+    require(check_labels(obs[perturbation_key].astype(str).unique(), where, control, delimiter or None))
 
 
 def _warn(finding: Finding, console: Console | None) -> None:

@@ -58,9 +58,7 @@ class Screen:
         chosen = sorted(self._stream("pairs").permutation(len(every))[: spec.n_pairs])
         self.pairs = [DELIMITER.join(every[i]) for i in chosen]
         self.conditions = [CONTROL, *self.perturbations, *self.pairs]
-        self._housekeeping = np.arange(spec.n_genes) >= spec.n_genes - round(
-            spec.housekeeping_genes * spec.n_genes
-        )
+        self._housekeeping = np.arange(spec.n_genes) >= spec.n_genes - round(spec.housekeeping_genes * spec.n_genes)
         self._dispersion = np.where(self._housekeeping, spec.housekeeping_dispersion, spec.dispersion)
         self._draw_programmes()
         self._baselines = {line: self._draw_baseline(line) for line in spec.cell_lines}
@@ -188,9 +186,7 @@ class Screen:
         outcomes: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
         for part in self.parts(perturbation):
             takes = self.responder_fraction(cell_line, part)
-            outcomes = [
-                both for took, p in outcomes for both in ((took, p * (1 - takes)), ((*took, part), p * takes))
-            ]
+            outcomes = [both for took, p in outcomes for both in ((took, p * (1 - takes)), ((*took, part), p * takes))]
         return outcomes
 
     def _require_line(self, cell_line: str) -> None:

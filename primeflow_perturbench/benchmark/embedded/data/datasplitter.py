@@ -85,9 +85,7 @@ class SplitTask:
         names = [field.name for field in fields(cls)]
         values = {key: value for key, value in config.items() if key != "split_path"}
         if unknown := sorted(set(values) - set(names)):
-            raise DataError(
-                f"the splitter config has the unknown keys {unknown}: remove them or use some of {names}"
-            )
+            raise DataError(f"the splitter config has the unknown keys {unknown}: remove them or use some of {names}")
         missing = [name for name in ("task", "covariate_keys") if name not in values]
         if missing or values["task"] is None:
             raise DataError(f"the splitter config lacks {missing or ['task']}: give them, or give split_path instead")
@@ -113,9 +111,7 @@ class SplitTask:
 
     def quota(self, n_labels: int) -> float:
         """Labels that may be held out in a group of `n_labels`, before rounding."""
-        return min(
-            self.max_heldout_fraction_per_covariate * n_labels, self.max_heldout_perturbations_per_covariate
-        )
+        return min(self.max_heldout_fraction_per_covariate * n_labels, self.max_heldout_perturbations_per_covariate)
 
 
 @dataclass(frozen=True)
@@ -140,9 +136,7 @@ class PairTable:
     control: str
 
     @classmethod
-    def from_obs(
-        cls, obs: pd.DataFrame, perturbation_key: str, covariate_keys: Iterable[str], control: str
-    ) -> Self:
+    def from_obs(cls, obs: pd.DataFrame, perturbation_key: str, covariate_keys: Iterable[str], control: str) -> Self:
         """Find the pairs of a table of cells."""
         covariate_keys = list(covariate_keys)
         _check_column(obs, "perturbation", perturbation_key)
@@ -192,13 +186,9 @@ class PairTable:
 def _check_column(obs: pd.DataFrame, kind: str, key: str) -> None:
     """Refuse a column of obs that is not there or has gaps."""
     if key not in obs.columns:
-        raise DataError(
-            f"obs has no {kind} column {key!r}: name one of its columns {list(map(str, obs.columns))}"
-        )
+        raise DataError(f"obs has no {kind} column {key!r}: name one of its columns {list(map(str, obs.columns))}")
     if n_missing := int(obs[key].isna().sum()):
-        raise DataError(
-            f"the {kind} column {key!r} is empty for {n_missing} of {len(obs)} cells: fill or drop them"
-        )
+        raise DataError(f"the {kind} column {key!r} is empty for {n_missing} of {len(obs)} cells: fill or drop them")
 
 
 def transfer_pairs(table: PairTable, task: SplitTask) -> list[Pair]:
@@ -258,9 +248,7 @@ def combine_inverse_pairs(table: PairTable, task: SplitTask, delimiter: str) -> 
         combinations = [set(label.split(delimiter)) for label in labels if delimiter in label]
         # Labels come in their order of appearance among all cells, which need not be that within the group.
         singles = [
-            label
-            for label, groups in table.groups_of_label.items()
-            if delimiter not in label and group in groups
+            label for label, groups in table.groups_of_label.items() if delimiter not in label and group in groups
         ]
         n_heldout = int(task.quota(len(singles)))
         random.Random(task.splitter_seed).shuffle(singles)
@@ -324,9 +312,7 @@ def label_cells(table: PairTable, pairs: Sequence[Pair], task: SplitTask) -> np.
     return split
 
 
-def _check_no_split_empty(
-    split: np.ndarray, is_perturbed: np.ndarray, found: str, mend: Mapping[str, str]
-) -> None:
+def _check_no_split_empty(split: np.ndarray, is_perturbed: np.ndarray, found: str, mend: Mapping[str, str]) -> None:
     """Refuse a split whose train, val or test has no perturbed cell."""
     for name in SPLITS:
         if not np.any((split == name) & is_perturbed):

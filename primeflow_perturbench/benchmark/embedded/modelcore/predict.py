@@ -32,9 +32,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     datamodule.use_training_record(record, record["gene_names"])
     datamodule.setup("predict")
     model_class = hydra.utils.get_class(cfg.model._target_)
-    model = model_class.load_from_checkpoint(
-        cfg.ckpt_path, evaluation=None, map_location="cpu", weights_only=False
-    )
+    model = model_class.load_from_checkpoint(cfg.ckpt_path, evaluation=None, map_location="cpu", weights_only=False)
     model.prediction_config = {"output_path": cfg.output_path}
     trainer = hydra.utils.instantiate(cfg.trainer, logger=False, callbacks=instantiate_all(cfg.get("callbacks")))
     trainer.predict(model, datamodule=datamodule, return_predictions=False)
