@@ -12,15 +12,22 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from primeflow_perturbench.benchmark import load
+from primeflow_perturbench.cells.batch_size import BatchSize
+from primeflow_perturbench.cells.calibration import REFERENCE, calibrated
 from primeflow_perturbench.cells.condition import ConditionEncoder
 from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
-from primeflow_perturbench.cells.generation import Block, CellGenerator
+from primeflow_perturbench.cells.gene_knowledge import tell_genes, wants_cells
+from primeflow_perturbench.cells.generation import Block, CellGenerator, gather
+from primeflow_perturbench.cells.means import ConditionMeans, ConditionSurvey
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.flow.guidance import check_interval
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import StraightPath
 from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 from primeflow_perturbench.training.noise import Noise, batch_noise
+from primeflow_perturbench.training.optimiser import build_adam
 from primeflow_perturbench.training.schedule import build_schedule
 
 PerturbationModel = load("modelcore.models.PerturbationModel")
@@ -48,15 +55,23 @@ class PRiMeFlow(PerturbationModel):
         Share of training cells that see the null condition.
     guidance
         Strength w of classifier-free guidance at sampling; 1 is none.
+    guidance_interval
+        Times ``[lo, hi]`` of guidance, see `flow.guidance.guide_within`; ``None`` is [0, 1].
     solver
         How to integrate.
     detection_limit
         ``"learnt"`` from the training cells, a number in log1p units, or ``None`` (or ``"none"``) to keep
         all positive values.
+    calibrate
+        Whether the cells of a condition are moved to the mean that a linear mixed model of the training conditions
+        predicts for it, see `cells.calibration` and `cells.means`. Training learns that model in any case where this
+        is set, and cannot do so afterwards.
     cells_per_condition
         Cells to generate for each condition; ``None`` generates one a row of the host's table.
     sample_batch_size
-        Most cells on the device at once while sampling.
+        Most cells on the device at once while sampling; ``"auto"`` chooses by free memory.
+    compile
+        Whether the network is compiled, for training and sampling.
     seed
         Seed of training noise and of sampling; ``None`` is 0.
     lr, wd, lr_scheduler
@@ -71,6 +86,8 @@ class PRiMeFlow(PerturbationModel):
 
     COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls")
     SURVEYED_CELLS = 100_000
+    # Enough for the order of the genes.
+    KEPT_CELLS = 2048
 
     def __init__(
         self,
@@ -86,10 +103,13 @@ class PRiMeFlow(PerturbationModel):
         precondition: bool = False,
         condition_dropout: float = 0.2,
         guidance: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
         solver: ODESolver | None = None,
         detection_limit: float | Literal["learnt", "none"] | None = "learnt",
+        calibrate: bool = False,
         cells_per_condition: int | None = None,
-        sample_batch_size: int = 256,
+        sample_batch_size: int | Literal["auto"] = 256,
+        compile: bool = False,
         seed: int | None = 0,
         lr: float | None = None,
         wd: float | None = None,
@@ -107,8 +127,11 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
         if isinstance(detection_limit, float | int) and not detection_limit >= 0:
             raise InputError(f"detection_limit must be at least 0, got {detection_limit}")
-        if sample_batch_size < 1:
-            raise InputError(f"sample_batch_size must be at least 1, got {sample_batch_size}")
+        guidance_interval = (0.0, 1.0) if guidance_interval is None else tuple(as_plain(guidance_interval))
+        try:
+            check_interval(guidance_interval)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         # A host that instantiates the whole configuration at once hands over vocabularies as configuration.
         context = as_plain(context)
         super().__init__(
@@ -136,14 +159,18 @@ class PRiMeFlow(PerturbationModel):
         self.path = StraightPath()
         self.solver = solver or ODESolver()
         self.condition_dropout, self.guidance, self.seed = condition_dropout, guidance, seed or 0
-        self.cells_per_condition, self.sample_batch_size = cells_per_condition, sample_batch_size
+        self.guidance_interval = guidance_interval
+        self.cells_per_condition, self.sample_batch_size = cells_per_condition, BatchSize(sample_batch_size)
+        self._evaluation = CompiledEvaluation() if compile else evaluate
         self.detection_limit = None if detection_limit == "none" else detection_limit
+        self.calibrate = calibrate
         self.learnt_detection_limit: float | None = None
+        self.means: ConditionMeans | None = None
 
     def configure_optimizers(self) -> Any:
         """Adam, with the scheduler of ``lr_scheduler``; one that leaves its length open lasts as long as the run."""
         lr, wd, config = self.optimisation
-        optimizer = torch.optim.Adam(self.parameters(), lr=lr, weight_decay=wd)
+        optimizer = build_adam(self.parameters(), lr, wd)
         if not config:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(config, optimizer, self.trainer)}
@@ -152,23 +179,45 @@ class PRiMeFlow(PerturbationModel):
         """Look at the training cells once: refuse what is not log1p expression, learn what is not trained."""
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow learns from the training cells before it trains: fit it with a data module")
-        survey = ExpressionSurvey()
-        for batch in self.trainer.datamodule.train_dataloader():
-            survey.add(batch.gene_expression)
-            if survey.cells * self._world_size >= self.SURVEYED_CELLS:
-                break
-        if self._world_size > 1:
-            surveys: list[ExpressionSurvey] = [survey] * self._world_size
-            torch.distributed.all_gather_object(surveys, survey)
-            survey = ExpressionSurvey.of_all(surveys)
+        survey, by_condition, cells = self._survey()
         refuse_unusable(survey)
         resumed = self.trainer.ckpt_path is not None and self.learnt_detection_limit is not None
         if not resumed:
-            self._learn(survey)
+            self._learn(survey, by_condition, cells)
 
-    def _learn(self, survey: ExpressionSurvey) -> None:
+    def _survey(self) -> tuple[ExpressionSurvey, ConditionSurvey, Tensor | None]:
+        """Look at training cells, together with all other processes; by condition only where that is asked for.
+
+        The cells themselves, the first process's first, are kept where the order of the genes needs them.
+        """
+        survey, by_condition = ExpressionSurvey(), ConditionSurvey()
+        kept: list[Tensor] = []
+        for batch in self.trainer.datamodule.train_dataloader():
+            survey.add(batch.gene_expression)
+            if wants_cells(self.network) and sum(map(len, kept)) < self.KEPT_CELLS:
+                kept.append(batch.gene_expression.cpu())
+            if self.calibrate:
+                by_condition.add(self.encoder(batch.perturbations, batch.covariates), batch.gene_expression)
+            if survey.cells * self._world_size >= self.SURVEYED_CELLS:
+                break
+        cells = torch.cat(kept)[: self.KEPT_CELLS] if kept else None
+        if self._world_size == 1:
+            return survey, by_condition, cells
+        everyone: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(everyone, (survey, by_condition))
+        surveys, by_conditions = zip(*everyone, strict=True)
+        cells = self.trainer.strategy.broadcast(cells)
+        return ExpressionSurvey.of_all(surveys), ConditionSurvey.of_all(by_conditions), cells
+
+    def _learn(self, survey: ExpressionSurvey, by_condition: ConditionSurvey, cells: Tensor | None) -> None:
         """Take from the surveyed training cells what is not trained by gradients."""
+        if self.learnt_detection_limit is None:
+            # Weights that have been trained, here or in a checkpoint, belong to the order they were trained in.
+            annotated = getattr(self.trainer.datamodule, "adata", None)
+            tell_genes(self.network, self.gene_names, cells, None if annotated is None else annotated.var)
         self.learnt_detection_limit = learn_detection_limit(survey)
+        if self.calibrate:
+            self.means = ConditionMeans.fit(self.encoder, by_condition)
         if isinstance(self.network, GaussianPreconditioning):
             self.network.set_statistics(survey.mean, survey.std)
 
@@ -189,8 +238,12 @@ class PRiMeFlow(PerturbationModel):
         self.log("val_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Velocity (B, G) of the network at points (B, G), times (B,) and conditions (B, C)."""
+        return self._evaluation(self.network, x, t, condition)
+
     def _loss(self, x_1: Tensor, condition: Tensor, noise: Noise) -> Tensor:
-        return flow_matching_loss(self.network, self.path.sample(noise.x_0, x_1, noise.t), condition)
+        return flow_matching_loss(self.velocity, self.path.sample(noise.x_0, x_1, noise.t), condition)
 
     def _noise(self, x_1: Tensor, *stream: int) -> Noise:
         """Noise of one batch: a restarted run draws what an unbroken one would have drawn."""
@@ -222,10 +275,7 @@ class PRiMeFlow(PerturbationModel):
         InputError
             If the limit is to be learnt and is not, or the network gives values that are not finite.
         """
-        finish = partial(decode_expression, detection_limit=self._limit())
-        cells = self._cell_generator().generate(condition, finish)
-        refuse_diverged(cells)
-        return cells
+        return gather(condition, self.n_genes, self.stream)
 
     @torch.no_grad()
     def stream(self, condition: Tensor, counts: Sequence[int]) -> Iterator[Block]:
@@ -233,20 +283,27 @@ class PRiMeFlow(PerturbationModel):
 
         The cells are those of `generate`; see `CellGenerator.stream` for the blocks, and `generate` for errors.
         """
-        finish = partial(decode_expression, detection_limit=self._limit())
-        for row, first, cells in self._cell_generator().stream(condition.to(self.device), counts, finish):
+        limit, generator = self._limit(), self._cell_generator()
+        condition = condition.to(self.device)
+        if self.calibrate:
+            raw = generator.stream(condition, np.maximum(counts, REFERENCE))
+            blocks = calibrated(raw, counts, self._means()(condition).cpu(), limit)
+        else:
+            blocks = generator.stream(condition, counts, partial(decode_expression, detection_limit=limit))
+        for row, first, cells in blocks:
             refuse_diverged(cells)
             yield row, first, cells
 
     def _cell_generator(self) -> CellGenerator:
         return CellGenerator(
-            self.network,
+            self.velocity,
             self.n_genes,
             self.encoder.null,
             self.solver,
             guidance=self.guidance,
             seed=self.seed,
-            sample_batch_size=self.sample_batch_size,
+            batch_size=self.sample_batch_size,
+            guidance_interval=self.guidance_interval,
         )
 
     def _limit(self) -> float | None:
@@ -255,6 +312,11 @@ class PRiMeFlow(PerturbationModel):
         if self.learnt_detection_limit is None:
             raise InputError("the detection limit is learnt in training: train first, or set detection_limit=none")
         return self.learnt_detection_limit
+
+    def _means(self) -> ConditionMeans:
+        if self.means is None:
+            raise InputError("the means of conditions are learnt in training: train first, or set calibrate=false")
+        return self.means
 
     def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
         """Generated cells of a batch, ``cells_per_condition`` of each condition where that is set."""
@@ -279,11 +341,16 @@ class PRiMeFlow(PerturbationModel):
         """Keep the detection limit beside what the host keeps."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["primeflow"] = {"detection_limit": self.learnt_detection_limit}
+        if self.means is not None:
+            checkpoint["primeflow"]["means"] = self.means.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the detection limit back."""
         super().on_load_checkpoint(checkpoint)
-        self.learnt_detection_limit = checkpoint.get("primeflow", {}).get("detection_limit")
+        kept = checkpoint.get("primeflow", {})
+        self.learnt_detection_limit = kept.get("detection_limit")
+        if "means" in kept:
+            self.means = ConditionMeans.from_state(kept["means"])
 
 
 def refuse_unusable(survey: ExpressionSurvey) -> None:

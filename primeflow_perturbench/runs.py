@@ -85,6 +85,7 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()
     write_json(folder / "environment.json", record)
+    console.print(costs(record), highlight=False)
     if not cfg.test:
         console.print(f"Trained; the run is in {folder}")
         return None
@@ -92,6 +93,15 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     save_host_summary(done["model"], folder)
     console.print(f"Everything about this run is in {folder}")
     return summary
+
+
+def costs(record: dict[str, Any]) -> str:
+    """Sentence that says what a run took, from its record."""
+    memory = record["peak_memory"]
+    peak = f"{memory['host_gib']:.1f} GiB of memory"
+    if "device_gib" in memory:
+        peak += f" and {memory['device_gib']:.1f} GiB on the GPU"
+    return f"The run took {record['seconds']:,.0f} s ({record['steps']:,} steps) and at most {peak}."
 
 
 class KeepPredictions(L.Callback):

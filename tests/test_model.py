@@ -491,6 +491,38 @@ def test_a_checkpoint_can_be_asked_for_other_sampling(trained):
     assert not torch.equal(guided.predict(batch), reload(path).predict(batch))
 
 
+def test_calibrated_cells_have_the_means_of_the_linear_model_and_a_checkpoint_keeps_them(tmp_path, screen_path):
+    run = train(compose(tmp_path, screen_path, "model.calibrate=true"))
+    loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
+    dataset = run["datamodule"].train_iterator
+    cells = dataset[list(range(len(dataset)))]
+    vectors = loaded.encoder(cells.perturbations, cells.covariates)
+    distinct, counts = vectors.unique(dim=0, return_counts=True)
+    most = distinct[counts.argmax()][None]
+    # Where many cells were measured the predicted mean is near theirs, and so is that of as many generated ones.
+    measured = cells.gene_expression[(vectors == most).all(1)].mean(0)
+    assert torch.equal(loaded.means(most), run["model"].means(most))
+    assert (loaded.means(most)[0] - measured).abs().max() < 0.15
+    generated = loaded.generate(most.expand(256, -1))
+    assert (generated.mean(0) - loaded.means(most)[0]).abs().max() < 0.02
+    # Few cells are the first of many.
+    assert torch.equal(loaded.generate(most.expand(3, -1)), generated[:3])
+    loaded.calibrate = False
+    assert (loaded.generate(most.expand(256, -1)).mean(0) - loaded.means(most)[0]).abs().max() > 0.2
+
+
+def test_calibration_needs_a_training_that_learnt_the_means(trained):
+    model = PRiMeFlow.load_from_checkpoint(
+        trained[1] / "checkpoints" / "step3.ckpt",
+        evaluation=None,
+        map_location="cpu",
+        weights_only=False,
+        calibrate=True,
+    )
+    with pytest.raises(InputError, match="learnt in training: train first, or set calibrate=false"):
+        model.predict(next(iter(trained[0]["datamodule"].val_dataloader())))
+
+
 def test_counts_in_the_file_are_refused(tmp_path, screen_path, screen):
     screen.X = np.round(np.expm1(screen.X.toarray() if hasattr(screen.X, "toarray") else screen.X))
     screen.write_h5ad(tmp_path / "counts.h5ad")

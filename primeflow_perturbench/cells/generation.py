@@ -2,16 +2,17 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.flow.guidance import Velocity, guide
+from primeflow_perturbench.cells.batch_size import TILE, BatchSize
+from primeflow_perturbench.cells.transfer import HostCopy, one_behind, to_device
+from primeflow_perturbench.flow.guidance import Velocity, guide_within
 from primeflow_perturbench.flow.sampling import ODESolver
 
-TILE = 32
 Finish = Callable[[Tensor], Tensor]
 Block = tuple[int, int, Tensor]
 
@@ -50,6 +51,19 @@ def group_rows(condition: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(condition[found[0]], torch.tensor(found)) for found in rows.values()]
 
 
+def gather(condition: Tensor, n_genes: int, stream: Callable[[Tensor, list[int]], Iterator[Block]]) -> Tensor:
+    """Cells (N, G) in the order of the rows of ``condition`` (N, C), from a stream of distinct conditions and counts.
+
+    The k-th row of a condition gets the condition's k-th cell.
+    """
+    groups = [rows for _, rows in group_rows(condition)]
+    distinct = condition[[int(rows[0]) for rows in groups]]
+    cells = torch.empty(len(condition), n_genes)
+    for group, first, block in stream(distinct, [len(rows) for rows in groups]):
+        cells[groups[group][first : first + len(block)]] = block
+    return cells
+
+
 class CellGenerator:
     """Draws cells of conditions from a velocity field.
 
@@ -58,7 +72,7 @@ class CellGenerator:
     batch it came in, so a cell has the same bits at every batch size and in every order of conditions.
     On an accelerator several tiles share a forward, so there cells agree to rounding; the noise is the
     same everywhere. An adaptive solver chooses its steps from the cells it integrates together, so it
-    always gets one tile at a time.
+    always gets one tile at a time. A forward for which memory is too little is repeated with fewer tiles.
 
     Parameters
     ----------
@@ -74,8 +88,10 @@ class CellGenerator:
         Strength w of classifier-free guidance.
     seed
         Seed of all noise.
-    sample_batch_size
-        Most cells on the device at once; at least one tile is.
+    batch_size
+        How many tiles share a forward on an accelerator; what it learns of the memory there stays in it.
+    guidance_interval
+        Times ``[lo, hi]`` of guidance, see `flow.guidance.guide_within`.
     """
 
     def __init__(
@@ -86,13 +102,13 @@ class CellGenerator:
         solver: ODESolver,
         guidance: float = 1.0,
         seed: int = 0,
-        sample_batch_size: int = 256,
+        batch_size: BatchSize | None = None,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
     ):
-        if sample_batch_size < 1:
-            raise ValueError(f"sample_batch_size must be at least 1, got {sample_batch_size}")
-        self.velocity = guide(velocity, null_condition, guidance)
+        self.pieces = guide_within(velocity, null_condition, guidance, guidance_interval)
+        self.null_condition = null_condition
         self.n_genes, self.solver, self.seed = n_genes, solver, seed
-        self.sample_batch_size = sample_batch_size
+        self.batch_size = batch_size or BatchSize()
 
     def generate(self, condition: Tensor, finish: Finish = unchanged) -> Tensor:
         """Cells (N, G) on the CPU, in the order of the rows of ``condition`` (N, C).
@@ -106,18 +122,14 @@ class CellGenerator:
         finish
             Applied to each batch of generated values on the device, for example decoding.
         """
-        groups = [rows for _, rows in group_rows(condition)]
-        distinct = condition[[int(rows[0]) for rows in groups]]
-        cells = torch.empty(len(condition), self.n_genes)
-        for group, first, block in self.stream(distinct, [len(rows) for rows in groups], finish):
-            cells[groups[group][first : first + len(block)]] = block
-        return cells
+        return gather(condition, self.n_genes, lambda distinct, counts: self.stream(distinct, counts, finish))
 
     def stream(self, condition: Tensor, counts: Sequence[int], finish: Finish = unchanged) -> Iterator[Block]:
         """Blocks ``(row, first, cells (n, G))`` of the first ``counts[row]`` cells of each row's condition.
 
         Rows come in order, and so do the cells of a row; ``first`` is the index of a block's first cell within
-        its condition. No more than ``sample_batch_size`` cells exist at once, on the device or on the CPU.
+        its condition. No more cells than share a forward are computed at once; while the CPU has one batch of them,
+        a GPU computes the next.
 
         Parameters
         ----------
@@ -128,29 +140,67 @@ class CellGenerator:
         finish
             As for `generate`.
         """
-        for batch in self._batches(condition, counts):
-            x_0 = torch.cat([tile.noise for tile in batch]).to(condition.device)
-            repeated = torch.cat([condition[tile.row].expand(TILE, -1) for tile in batch])
-
-            def velocity(x: Tensor, t: Tensor, repeated: Tensor = repeated) -> Tensor:
-                return self.velocity(x, t, repeated)
-
-            x_1 = finish(self.solver.integrate(velocity, x_0)).to("cpu", torch.float32)
-            for tile, cells in zip(batch, x_1.split(TILE), strict=True):
+        launched = self._launched(condition, counts, finish)
+        for batch, copy in one_behind(launched) if self._ahead(condition.device) else launched:
+            for tile, cells in zip(batch, copy.wait().split(TILE), strict=True):
                 yield tile.row, tile.first, cells[: tile.n]
+
+    def _launched(
+        self, condition: Tensor, counts: Sequence[int], finish: Finish
+    ) -> Iterator[tuple[list[Tile], HostCopy]]:
+        """Tiles that were integrated together, and their cells."""
+        tiles = self._tiles(condition, counts)
+        while batch := list(islice(tiles, self._together(condition.device))):
+            copy = self._integrate(batch, condition, finish)
+            if copy is None:
+                self.batch_size.halve(len(batch))
+                tiles = chain(batch, tiles)
+            else:
+                yield batch, copy
+
+    def _integrate(self, batch: list[Tile], condition: Tensor, finish: Finish) -> HostCopy | None:
+        """Cells of tiles, integrated together; ``None`` where the device has too little memory for them."""
+        try:
+            x = to_device(torch.cat([tile.noise for tile in batch]), condition.device)
+            repeated = torch.cat([condition[tile.row].expand(TILE, -1) for tile in batch])
+            for start, end, velocity in self.pieces:
+
+                def field(x: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
+                    return velocity(x, t, repeated)
+
+                x = self.solver.integrate(field, x, start, end)
+            return HostCopy(finish(x))
+        except torch.OutOfMemoryError:
+            return None
 
     def _tiles(self, condition: Tensor, counts: Sequence[int]) -> Iterator[Tile]:
         """The tiles of every row."""
-        for row, (vector, n) in enumerate(zip(condition, counts, strict=True)):
+        # Moved at once: each row by itself would wait for all that a GPU has been given to do.
+        for row, (vector, n) in enumerate(zip(condition.cpu(), counts, strict=True)):
             generator = condition_generator(self.seed, vector)
             for first in range(0, int(n), TILE):
                 noise = torch.randn(TILE, self.n_genes, generator=generator)
                 yield Tile(row, first, min(TILE, int(n) - first), noise)
 
-    def _batches(self, condition: Tensor, counts: Sequence[int]) -> Iterator[list[Tile]]:
-        """Lists of tiles that are integrated together."""
-        alone = condition.device.type == "cpu" or self.solver.adaptive
-        most = 1 if alone else max(1, self.sample_batch_size // TILE)
-        tiles = self._tiles(condition, counts)
-        while batch := list(islice(tiles, most)):
-            yield batch
+    def _together(self, device: torch.device) -> int:
+        """How many tiles share a forward."""
+        if self._alone(device):
+            return 1
+        if self.batch_size.tiles is None:
+            self.batch_size.measure(lambda: self._evaluate_tile(device), device)
+        return self.batch_size.tiles
+
+    def _evaluate_tile(self, device: torch.device) -> None:
+        """Each velocity once, for a tile of zeros."""
+        x, t = torch.zeros(TILE, self.n_genes, device=device), torch.zeros(TILE, device=device)
+        null = self.null_condition.to(device).expand(TILE, -1)
+        for piece in self.pieces:
+            piece.velocity(x, t, null)
+
+    def _alone(self, device: torch.device) -> bool:
+        """Whether each tile is integrated by itself."""
+        return device.type == "cpu" or self.solver.adaptive
+
+    def _ahead(self, device: torch.device) -> bool:
+        """Whether a batch is launched before the one before it is waited for."""
+        return device.type == "cuda"

@@ -69,3 +69,37 @@ def zero_initialised(module: nn.Module) -> nn.Module:
 def normalisation(channels: int, groups: int = 32) -> nn.GroupNorm:
     """Group normalisation (Wu and He 2018) with at most ``groups`` groups that divide ``channels``."""
     return nn.GroupNorm(math.gcd(groups, channels), channels)
+
+
+class AdaptiveBranch(nn.Module):
+    """Residual branch that time and condition steer, ``h + gate * branch((1 + scale) LayerNorm(h) + shift)``.
+
+    Shift, scale and gate are linear in the embedding of time and condition and start at zero, so a fresh branch is
+    silent: "adaLN-zero" of Peebles and Xie 2023, section 3.2.
+
+    Parameters
+    ----------
+    width
+        Features of ``h``.
+    embedding_width
+        Features of the embedding, E.
+    branch
+        ``(B, ..., width) -> (B, ..., width)``.
+    """
+
+    def __init__(self, width: int, embedding_width: int, branch: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = zero_initialised(nn.Linear(embedding_width, 3 * width))
+        self.branch = branch
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(B, ..., width), (B, E) -> (B, ..., width)."""
+        modulation = self.modulation(nn.functional.silu(embedding))
+        shift, scale, gate = modulation.view(len(h), *[1] * (h.ndim - 2), -1).chunk(3, dim=-1)
+        return h + gate * self.branch((1 + scale) * self.norm(h) + shift)
+
+
+def feed_forward(width: int, expansion: int) -> nn.Sequential:
+    """Perceptron ``width -> expansion * width -> width``, feature by feature of the last axis."""
+    return nn.Sequential(nn.Linear(width, expansion * width), nn.SiLU(), nn.Linear(expansion * width, width))

@@ -44,6 +44,10 @@ def average_with_warm_up(decay: float) -> Callable[[list[Tensor], list[Tensor], 
     """
 
     def update(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+        if not averages[0].is_floating_point():
+            # Lists are of one type. Whole numbers, such as the order of the genes, have no average.
+            torch._foreach_copy_(averages, weights)
+            return
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
 
     return update

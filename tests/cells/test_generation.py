@@ -1,8 +1,14 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.cells.generation import TILE, CellGenerator, condition_generator, group_rows
+from primeflow_perturbench.cells import generation
+from primeflow_perturbench.cells.batch_size import TILE, BatchSize
+from primeflow_perturbench.cells.generation import CellGenerator, condition_generator, group_rows
+from primeflow_perturbench.cells.transfer import HostCopy
+from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.sampling import ODESolver
 
 N_GENES, WIDTH = 5, 3
@@ -30,9 +36,8 @@ class Network:
 class SharedForwards(CellGenerator):
     """Several tiles in a forward, as on an accelerator."""
 
-    def _batches(self, condition, counts):
-        tiles, most = list(self._tiles(condition, counts)), max(1, self.sample_batch_size // TILE)
-        yield from (tiles[start : start + most] for start in range(0, len(tiles), most))
+    def _alone(self, device):
+        return False
 
 
 def repeated(**cells):
@@ -40,8 +45,13 @@ def repeated(**cells):
     return torch.cat([globals()[name].repeat(n, 1) for name, n in cells.items()])
 
 
-def generated(condition, kind=CellGenerator, network=None, solver=MIDPOINT, **settings):
-    return kind(network or Network(), N_GENES, NULL, solver, **settings).generate(condition)
+def generator_of(kind=CellGenerator, network=None, solver=MIDPOINT, sample_batch_size=256, **settings):
+    batch_size = BatchSize(sample_batch_size)
+    return kind(network or Network(), N_GENES, NULL, solver, batch_size=batch_size, **settings)
+
+
+def generated(condition, *settings, **more):
+    return generator_of(*settings, **more).generate(condition)
 
 
 def noise(condition, seed=0):
@@ -159,20 +169,16 @@ def test_tiles_that_share_a_forward_agree_to_rounding(sample_batch_size, guidanc
 
 
 def test_several_tiles_of_several_conditions_are_batched_in_full():
-    class Meta(torch.Tensor):
-        """A tensor that says that it lives on an accelerator."""
+    network = Network()
+    generated(repeated(A=40, B=5, C=70), SharedForwards, network, sample_batch_size=100)
+    assert network.rows == [3 * TILE] * 2 * MIDPOINT.evaluations
 
-        @property
-        def device(self):
-            return torch.device("cuda")
 
-    condition, counts = torch.stack([A, B, C]), [40, 5, 70]
-    generator = CellGenerator(Network(), N_GENES, NULL, MIDPOINT, sample_batch_size=100)
-    lengths = [len(batch) for batch in generator._batches(condition.as_subclass(Meta), counts)]
-    assert lengths == [3, 3]
-    adaptive = CellGenerator(Network(), N_GENES, NULL, DOPRI5, sample_batch_size=100)
-    assert [len(batch) for batch in adaptive._batches(condition.as_subclass(Meta), counts)] == [1] * 6
-    assert [len(batch) for batch in generator._batches(condition, counts)] == [1] * 6
+def test_tiles_share_a_forward_on_an_accelerator_unless_the_solver_is_adaptive():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert generator_of(sample_batch_size=100)._together(gpu) == 3
+    assert generator_of(sample_batch_size=100)._together(cpu) == 1
+    assert generator_of(solver=DOPRI5, sample_batch_size=100)._together(gpu) == 1
 
 
 def test_a_velocity_towards_a_mean_gives_the_closed_form():
@@ -209,11 +215,6 @@ def test_no_cells_asked_for_are_none():
     assert network.rows == []
 
 
-def test_a_batch_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="sample_batch_size must be at least 1, got 0"):
-        CellGenerator(Network(), N_GENES, NULL, MIDPOINT, sample_batch_size=0)
-
-
 def test_a_negative_guidance_is_refused():
     with pytest.raises(ValueError, match="guidance must be at least 0, got -1"):
         CellGenerator(Network(), N_GENES, NULL, MIDPOINT, guidance=-1)
@@ -227,8 +228,7 @@ def streamed(names, counts, kind=CellGenerator, **settings):
     condition = torch.stack([globals()[name] for name in names])
     cells = {name: torch.empty(0, N_GENES) for name in names}
     last = 0
-    generator = kind(Network(), N_GENES, NULL, settings.pop("solver", MIDPOINT), **settings)
-    for row, first, block in generator.stream(condition, counts):
+    for row, first, block in generator_of(kind, **settings).stream(condition, counts):
         assert row >= last
         assert first == len(cells[names[row]])
         cells[names[row]] = torch.cat([cells[names[row]], block])
@@ -277,3 +277,159 @@ def test_a_row_of_no_cells_is_passed_over():
 def test_a_stream_needs_a_count_for_every_row():
     with pytest.raises(ValueError, match="shorter"):
         list(CellGenerator(Network(), N_GENES, NULL, MIDPOINT).stream(torch.stack([A, B]), [1]))
+
+
+# --- guidance within an interval of t
+
+
+def test_guidance_within_an_interval_moves_the_mean_by_its_share_of_the_time():
+    """With v = c A, cells guided from 0.25 to 0.75 are x(0) + (c + (w - 1) (c - null) / 2) A."""
+    means = torch.randn(WIDTH, N_GENES, generator=torch.Generator().manual_seed(0))
+    condition = repeated(A=40, C=3)
+    settings = {"guidance": 3.0, "guidance_interval": (0.25, 0.75)}
+    generator = CellGenerator(lambda x, t, c: c @ means, N_GENES, NULL, MIDPOINT, **settings)
+    expected = noise(condition) + (condition + (condition - NULL)) @ means
+    torch.testing.assert_close(generator.generate(condition), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_outside_the_interval_cost_a_forward_of_plain_rows():
+    network = Network()
+    generated(repeated(A=5), network=network, guidance=3.0, guidance_interval=(0.25, 0.5))
+    assert network.rows == [TILE] * 2 + [2 * TILE] * 2 + [TILE] * 4
+
+
+def test_guidance_at_all_times_changes_no_bit():
+    condition = repeated(A=40, B=5)
+    always = generated(condition, guidance=3.0, guidance_interval=(0.0, 1.0))
+    assert torch.equal(always, generated(condition, guidance=3.0))
+    never = generated(condition, guidance=3.0, guidance_interval=(0.5, 0.5))
+    assert torch.equal(never, generated(condition))
+    assert not torch.equal(always, never)
+
+
+# --- memory that is too little
+
+
+class SmallDevice(Network):
+    """A velocity that runs out of memory beyond so many rows."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.refused = most, []
+
+    def __call__(self, x, t, condition):
+        if len(x) > self.most:
+            self.refused.append(len(x))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(x, t, condition)
+
+
+def test_a_forward_that_is_too_large_is_halved_until_it_fits_and_stays_so(caplog):
+    condition, network = repeated(A=300, B=5, C=300), SmallDevice(3 * TILE)
+    generator = generator_of(SharedForwards, network, sample_batch_size=16 * TILE)
+    with caplog.at_level(logging.WARNING):
+        cells = generator.generate(condition)
+    assert network.refused == [16 * TILE, 8 * TILE, 4 * TILE]
+    assert set(network.rows) == {2 * TILE, TILE}
+    torch.testing.assert_close(cells, generated(condition), rtol=1e-5, atol=1e-5)
+    assert len(caplog.records) == 1
+    assert "too little memory for 512 cells in a forward; going on with 256" in caplog.text
+    generator.generate(condition)
+    assert len(network.refused) == 3
+
+
+def test_memory_that_runs_out_in_the_midst_of_a_batch_repeats_it():
+    """The second evaluation of the second batch fails once; no cell is lost, doubled or changed."""
+
+    class OnceFull(Network):
+        failed = False
+
+        def __call__(self, x, t, condition):
+            if len(self.rows) == MIDPOINT.evaluations + 1 and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(x, t, condition)
+
+    condition, network = repeated(A=200, B=5), OnceFull()
+    cells = generated(condition, SharedForwards, network, sample_batch_size=2 * TILE)
+    assert network.failed
+    torch.testing.assert_close(cells, generated(condition), rtol=1e-5, atol=1e-5)
+    assert len(cells.unique(dim=0)) == 205
+
+
+def test_one_tile_that_does_not_fit_is_an_error_of_one_sentence():
+    with pytest.raises(InputError, match="too little memory to generate 32 cells, .*; free its memory, take a smaller"):
+        generated(repeated(A=200), SharedForwards, SmallDevice(TILE - 1), sample_batch_size=128)
+
+
+def test_other_errors_of_the_network_are_not_taken_for_memory():
+    def broken(x, t, condition):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        generated(repeated(A=5), network=broken)
+
+
+# --- copies to the CPU that hold up nobody
+
+
+class Ahead(SharedForwards):
+    """A batch is launched before the one before it is waited for, as on a GPU."""
+
+    def _ahead(self, device):
+        return True
+
+
+def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(monkeypatch):
+    events = []
+
+    class Logged(HostCopy):
+        def __init__(self, x):
+            super().__init__(x)
+            self.number = sum(event.startswith("launch") for event in events)
+            events.append(f"launch {self.number}")
+
+        def wait(self):
+            events.append(f"wait {self.number}")
+            return super().wait()
+
+    monkeypatch.setattr(generation, "HostCopy", Logged)
+    cells = generated(repeated(A=5 * TILE), Ahead, sample_batch_size=2 * TILE)
+    assert events == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
+    events.clear()
+    assert torch.equal(cells, generated(repeated(A=5 * TILE), SharedForwards, sample_batch_size=2 * TILE))
+    assert events == ["launch 0", "wait 0", "launch 1", "wait 1", "launch 2", "wait 2"]
+
+
+def test_a_stream_that_runs_ahead_is_in_order_and_loses_nothing():
+    ahead = streamed("ABC", [40, 5, 70], Ahead, sample_batch_size=64)
+    for name, cells in streamed("ABC", [40, 5, 70], SharedForwards, sample_batch_size=64).items():
+        assert torch.equal(ahead[name], cells)
+
+
+def test_only_a_gpu_runs_ahead():
+    assert generator_of()._ahead(torch.device("cuda"))
+    assert not generator_of()._ahead(torch.device("cpu"))
+
+
+# --- a measured size
+
+
+def test_auto_measures_one_tile_with_guidance_before_the_first_batch(monkeypatch):
+    network = Network()
+
+    def three(self, evaluate, device):
+        evaluate()
+        self.tiles = 3
+
+    monkeypatch.setattr(BatchSize, "measure", three)
+    generator = generator_of(SharedForwards, network, guidance=3.0, sample_batch_size="auto")
+    cells = generator.generate(repeated(A=6 * TILE))
+    assert network.rows == [2 * TILE] + [6 * TILE] * 2 * MIDPOINT.evaluations
+    torch.testing.assert_close(cells, generated(repeated(A=6 * TILE), guidance=3.0), rtol=1e-5, atol=1e-5)
+
+
+def test_auto_is_one_tile_on_the_cpu():
+    network = Network()
+    generated(repeated(A=70), network=network, sample_batch_size="auto")
+    assert set(network.rows) == {TILE}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.flow.guidance import guide
+from primeflow_perturbench.flow.guidance import Piece, guide, guide_within
 
 N_CELLS, N_GENES, WIDTH = 4, 3, 2
 
@@ -82,3 +82,44 @@ def test_guided_cells_do_not_see_each_other(inputs):
 def test_negative_strength_is_refused():
     with pytest.raises(ValueError, match=r"guidance must be at least 0, got -0\.1"):
         guide(CountedVelocity(), NULL, -0.1)
+
+
+# --- guidance within an interval
+
+
+def test_pieces_guide_within_the_interval_alone(inputs):
+    velocity = CountedVelocity()
+    before, within, after = guide_within(velocity, NULL, 3.0, [0.2, 0.6])
+    assert before == Piece(0.0, 0.2, velocity)
+    assert after == Piece(0.6, 1.0, velocity)
+    assert within[:2] == (0.2, 0.6)
+    torch.testing.assert_close(within.velocity(*inputs), two_forwards(velocity, *inputs, 3.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("interval", "times", "guided"),
+    [
+        ((0.0, 1.0), [(0.0, 1.0)], [True]),
+        ((0.0, 0.4), [(0.0, 0.4), (0.4, 1.0)], [True, False]),
+        ((0.4, 1.0), [(0.0, 0.4), (0.4, 1.0)], [False, True]),
+        ((0.4, 0.4), [(0.0, 0.4), (0.4, 1.0)], [False, False]),
+        ((1.0, 1.0), [(0.0, 1.0)], [False]),
+    ],
+)
+def test_pieces_cover_the_path_without_empty_ones(interval, times, guided):
+    velocity = CountedVelocity()
+    pieces = guide_within(velocity, NULL, 3.0, interval)
+    assert [piece[:2] for piece in pieces] == times
+    assert [piece.velocity is not velocity for piece in pieces] == guided
+
+
+def test_strength_one_is_one_piece_of_the_very_closure():
+    velocity = CountedVelocity()
+    assert guide_within(velocity, NULL, 1.0, [0.2, 0.6]) == [Piece(0.0, 1.0, velocity)]
+
+
+@pytest.mark.parametrize("interval", [[0.6, 0.2], [-0.1, 1.0], [0.0, 1.1], [0.5], [0.0, 0.5, 1.0]])
+@pytest.mark.parametrize("w", [1.0, 2.0])
+def test_what_is_no_interval_is_refused(interval, w):
+    with pytest.raises(ValueError, match=r"guidance_interval must be \[lo, hi\] with 0 <= lo <= hi <= 1, got \["):
+        guide_within(CountedVelocity(), NULL, w, interval)

@@ -1,10 +1,16 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
+from torchdiffeq import odeint
 
 from primeflow_perturbench.flow.sampling import ADAPTIVE_SOLVERS, FIXED_STEP_SOLVERS, ODESolver
 
 METHODS = [*FIXED_STEP_SOLVERS, *ADAPTIVE_SOLVERS]
+ORDERS = pytest.mark.parametrize(
+    ("method", "order", "steps"), [("euler", 1, 64), ("midpoint", 2, 16), ("heun", 2, 16), ("rk4", 4, 4)]
+)
 N_CELLS, N_GENES = 3, 4
 
 
@@ -43,7 +49,7 @@ class Recorder:
         return self.speed(x, t)
 
 
-@pytest.mark.parametrize(("method", "order", "steps"), [("euler", 1, 64), ("midpoint", 2, 16), ("rk4", 4, 4)])
+@ORDERS
 def test_the_error_falls_at_the_order_of_the_method(matrix, x_0, method, order, steps):
     counts = steps * 2 ** np.arange(4)
     errors = [error(matrix, x_0, method=method, steps=int(n)) for n in counts]
@@ -52,7 +58,7 @@ def test_the_error_falls_at_the_order_of_the_method(matrix, x_0, method, order, 
     assert fitted == pytest.approx(order, abs=0.3)
 
 
-@pytest.mark.parametrize(("method", "order", "steps"), [("euler", 1, 64), ("midpoint", 2, 16), ("rk4", 4, 4)])
+@ORDERS
 def test_the_order_holds_where_the_velocity_depends_on_time(x_0, method, order, steps):
     """dx/dt = cos(t) x, so x(1) = x(0) exp(sin 1)."""
     exact = x_0 * np.exp(np.sin(1.0))
@@ -80,6 +86,27 @@ def test_fixed_steps_equal_a_plain_rewrite(x_0):
     assert (x_1 - x_0).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize(("method", "theirs"), [(m, {"heun": "heun2"}.get(m, m)) for m in FIXED_STEP_SOLVERS])
+def test_fixed_steps_equal_those_of_an_independent_library(x_0, method, theirs, steps):
+    def velocity(x, t):
+        return torch.sin(3 * x) + (1 + t[:, None]) ** 2
+
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    expected = odeint(lambda t, x: velocity(x, t.expand(N_CELLS)), x_0, times, method=theirs)[-1]
+    x_1 = ODESolver(method=method, steps=steps).integrate(velocity, x_0)
+    torch.testing.assert_close(x_1, expected, rtol=0, atol=1e-12)
+    assert (x_1 - x_0).abs().max() > 0.1
+
+
+def test_fixed_steps_need_no_library(monkeypatch, matrix, x_0):
+    """A bare machine, on which the benchmarks run, has none."""
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    assert solve_linear(matrix, x_0, method="rk4", steps=2).isfinite().all()
+    with pytest.raises(ImportError, match="torchdiffeq"):
+        solve_linear(matrix, x_0, method="dopri5")
+
+
 def test_dopri5_is_within_its_tolerance_and_a_finer_one_is_nearer(matrix, x_0):
     scale = float(exact_linear(matrix, x_0).abs().max())
     coarse = error(matrix, x_0, method="dopri5", rtol=1e-3, atol=1e-3)
@@ -93,7 +120,7 @@ def test_dopri5_is_within_its_tolerance_and_a_finer_one_is_nearer(matrix, x_0):
 def test_evaluations_are_as_many_as_promised(x_0, method, steps):
     solver, velocity = ODESolver(method=method, steps=steps), Recorder()
     solver.integrate(velocity, x_0.float())
-    assert len(velocity.times) == solver.evaluations == steps * {"euler": 1, "midpoint": 2, "rk4": 4}[method]
+    assert len(velocity.times) == solver.evaluations == steps * {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}[method]
     assert not solver.adaptive
 
 
@@ -166,7 +193,7 @@ def test_cells_do_not_see_each_other_with_fixed_steps(matrix, x_0):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "heun"}, "unknown solver 'heun': choose one of euler, midpoint, rk4, dopri5"),
+        ({"method": "rk5"}, "unknown solver 'rk5': choose one of euler, midpoint, heun, rk4, dopri5"),
         ({"steps": 0}, "at least one step, got 0"),
         ({"steps": -3}, "at least one step, got -3"),
         ({"rtol": 0.0}, "tolerances must be positive, got rtol 0.0"),
@@ -184,3 +211,49 @@ def test_every_setting_acts(matrix, x_0):
     tolerances = [(1e-2, 1e-9), (1e-6, 1e-9), (1e-9, 1e-2), (1e-9, 1e-6)]
     errors = [error(matrix, x_0, method="dopri5", rtol=rtol, atol=atol) for rtol, atol in tolerances]
     assert len(set(errors)) == 4
+
+
+# --- a part of the path
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("middle", [0.2, 0.37, 0.5, 1.0])
+def test_two_parts_of_the_path_are_the_whole(x_0, method, middle):
+    def velocity(x, t):
+        return torch.sin(3 * x) + t[:, None] ** 2
+
+    solver = ODESolver(method=method, steps=5, rtol=1e-7, atol=1e-7)
+    x_m = solver.integrate(velocity, x_0, 0.0, middle)
+    parts, whole = solver.integrate(velocity, x_m, middle, 1.0), solver.integrate(velocity, x_0)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 if solver.adaptive else 0)
+    assert (x_m - x_0).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_of_the_path_ends_where_the_exact_solution_is(matrix, x_0, method):
+    solver = ODESolver(method=method, steps=400, rtol=1e-6, atol=1e-6)
+    x = solver.integrate(lambda x, t: x @ matrix.T, x_0, 0.25, 0.75)
+    exact = x_0 @ torch.matrix_exp(matrix / 2).T
+    torch.testing.assert_close(x, exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_of_the_path_asks_for_no_time_outside_of_it(x_0, method):
+    velocity = Recorder()
+    ODESolver(method=method, steps=8).integrate(velocity, x_0, 0.25, 0.5)
+    times = torch.stack(velocity.times)
+    assert times.min() == 0.25
+    assert 0.3 < times.max() <= 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_part_moves_nothing(x_0, method):
+    velocity = Recorder()
+    assert torch.equal(ODESolver(method=method, steps=8).integrate(velocity, x_0, 0.5, 0.5), x_0)
+    assert velocity.times == []
+
+
+def test_the_ends_of_a_part_are_rounded_to_steps(x_0):
+    velocity = Recorder()
+    ODESolver("euler", steps=10).integrate(velocity, x_0, 0.13, 0.58)
+    assert torch.stack(velocity.times)[:, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

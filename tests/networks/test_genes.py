@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+from primeflow_perturbench.networks.genes import GenePatches, GeneTokens, projected_vectors
 
 CHANNELS = 6
 
@@ -107,7 +107,10 @@ def test_the_padding_of_the_last_patch_touches_no_value():
     assert not torch.allclose(genes.values(hidden), values)
 
 
-@pytest.mark.parametrize("genes", [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4)])
+@pytest.mark.parametrize(
+    "genes",
+    [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4), GenePatches(13, CHANNELS, 4, order="correlation")],
+)
 def test_expression_may_be_a_view(genes):
     x = random(13, 3).T
     assert not x.is_contiguous()
@@ -133,3 +136,156 @@ def test_parameters_are_as_many_as_a_count_by_hand():
 def test_a_patch_of_no_genes_is_refused(patch):
     with pytest.raises(ValueError, match=f"patch of at least one gene, got {patch}"):
         GenePatches(13, CHANNELS, patch)
+
+
+# --- order
+
+
+def permutation(n, seed=3):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def ordered(order, patch=4, seed=0):
+    """Patches with weights of their own, over genes in an order."""
+    genes = randomised(GenePatches(len(order), CHANNELS, patch, order="correlation"), seed)
+    genes.set_order(order)
+    return genes
+
+
+@pytest.mark.parametrize(("n_genes", "patch"), [(1, 8), (5, 8), (8, 8), (13, 4), (7, 1)])
+def test_genes_in_an_order_equal_genes_that_come_in_that_order(n_genes, patch):
+    order = permutation(n_genes)
+    genes, plain = ordered(order, patch), randomised(GenePatches(n_genes, CHANNELS, patch))
+    x, hidden = random(3, n_genes), random(3, CHANNELS, genes.length, seed=1)
+    torch.testing.assert_close(genes.tokens(x), plain.tokens(x[:, order]), rtol=0, atol=0)
+    values = plain.values(hidden)
+    for place, gene in enumerate(order.tolist()):
+        torch.testing.assert_close(genes.values(hidden)[:, gene], values[:, place], rtol=0, atol=0)
+
+
+def test_permuting_the_data_and_the_order_together_changes_nothing():
+    order, shuffle = permutation(13), permutation(13, seed=4)
+    x, hidden = random(3, 13), random(3, CHANNELS, 4, seed=1)
+    genes, moved = ordered(order), ordered(shuffle.argsort()[order])
+    torch.testing.assert_close(moved.tokens(x[:, shuffle]), genes.tokens(x), rtol=0, atol=0)
+    torch.testing.assert_close(moved.values(hidden), genes.values(hidden)[:, shuffle], rtol=0, atol=0)
+    unmoved = ordered(order)
+    assert not torch.allclose(unmoved.tokens(x[:, shuffle]), genes.tokens(x))
+    assert not torch.allclose(unmoved.values(hidden), genes.values(hidden)[:, shuffle])
+
+
+def test_an_order_that_was_never_set_is_that_of_the_file():
+    genes, plain = (
+        randomised(GenePatches(13, CHANNELS, 4, order="correlation")),
+        randomised(GenePatches(13, CHANNELS, 4)),
+    )
+    x, hidden = random(3, 13), random(3, CHANNELS, 4, seed=1)
+    torch.testing.assert_close(genes.tokens(x), plain.tokens(x), rtol=0, atol=0)
+    torch.testing.assert_close(genes.values(hidden), plain.values(hidden), rtol=0, atol=0)
+
+
+def test_a_checkpoint_holds_the_order_and_file_order_adds_nothing_to_it():
+    genes = ordered(permutation(13))
+    loaded = GenePatches(13, CHANNELS, 4, order="correlation")
+    loaded.load_state_dict(genes.state_dict())
+    x = random(2, 13)
+    torch.testing.assert_close(loaded.tokens(x), genes.tokens(x), rtol=0, atol=0)
+    assert torch.equal(loaded.order, permutation(13))
+    assert set(genes.state_dict()) - set(GenePatches(13, CHANNELS, 4).state_dict()) == {"order"}
+
+
+def test_half_precision_leaves_the_order_exact():
+    genes = ordered(permutation(3001), patch=8).to(torch.bfloat16)
+    assert torch.equal(genes.order, permutation(3001))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3]])
+def test_what_is_no_permutation_is_refused(order):
+    genes = GenePatches(3, CHANNELS, 2, order="chromosome")
+    with pytest.raises(ValueError, match="needs each of 0 to 2 once"):
+        genes.set_order(torch.tensor(order))
+    assert genes.order.tolist() == [0, 1, 2]
+
+
+def test_patches_in_file_order_take_no_other():
+    with pytest.raises(ValueError, match="in file order hold no other"):
+        GenePatches(3, CHANNELS, 2).set_order(torch.tensor([2, 1, 0]))
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ValueError, match="one of file, correlation, chromosome, got 'size'"):
+        GenePatches(3, CHANNELS, 2, order="size")
+
+
+# --- vectors
+
+
+def test_projected_vectors_are_centred_and_keep_all_angles_where_there_is_room():
+    vectors = random(20, 3).double() * torch.tensor([1.0, 2.0, 0.5]) + 4
+    projected = projected_vectors(vectors, 5)
+    centred = vectors - vectors.mean(0)
+    scale = np.sqrt(20 * 5 / centred.square().sum())
+    torch.testing.assert_close(projected @ projected.T, scale**2 * centred @ centred.T)
+    assert float(projected.square().mean()) == pytest.approx(1)
+
+
+def test_a_projection_to_fewer_channels_is_orthogonal_linear_and_always_the_same():
+    vectors = random(40, 12).double()
+    centred = vectors - vectors.mean(0)
+    projected = projected_vectors(vectors, 4)
+    basis = torch.linalg.lstsq(centred, projected).solution
+    torch.testing.assert_close(centred @ basis, projected)
+    gram = basis.T @ basis
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(4, dtype=torch.float64))
+    torch.manual_seed(99)
+    torch.testing.assert_close(projected_vectors(vectors, 4), projected, rtol=0, atol=0)
+
+
+def test_genes_without_a_vector_stay_zero_and_do_not_move_the_others():
+    vectors = random(10, 12)
+    with_gap = torch.cat([vectors[:4], torch.zeros(2, 12), vectors[4:]])
+    projected = projected_vectors(with_gap, CHANNELS)
+    assert (projected[4:6] == 0).all()
+    torch.testing.assert_close(projected[[0, 1, 2, 3, 6, 7, 8, 9, 10, 11]], projected_vectors(vectors, CHANNELS))
+
+
+def test_one_vector_alone_says_nothing():
+    assert (projected_vectors(torch.tensor([[0.0, 0.0], [1.0, 2.0]]), CHANNELS) == 0).all()
+
+
+def test_gene_tokens_start_with_their_vectors():
+    genes, vectors = GeneTokens(13, CHANNELS), random(13, 20)
+    before = genes.embedding.detach().clone()
+    genes.set_gene_vectors(vectors)
+    added = (genes.embedding - before).detach()
+    torch.testing.assert_close(added, projected_vectors(vectors, CHANNELS).T.float(), rtol=1e-4, atol=1e-5)
+    assert added.std() > 0.5
+    assert genes.embedding.requires_grad
+
+
+@pytest.mark.parametrize("order", [None, permutation(13)])
+def test_a_patch_starts_with_the_mean_of_the_vectors_of_its_genes(order):
+    genes, vectors = GenePatches(13, CHANNELS, 4, order="file" if order is None else "correlation"), random(13, 20)
+    # A patch with one gene that has no vector, and one with none that has.
+    places = torch.arange(13) if order is None else order
+    vectors[places[[5, 12]]] = 0
+    if order is not None:
+        genes.set_order(order)
+    before = genes.embedding.detach().clone()
+    genes.set_gene_vectors(vectors)
+    added, projected = (genes.embedding - before).detach(), projected_vectors(vectors, CHANNELS).float()
+    for patch in range(3):
+        known = [gene for gene in places[4 * patch : 4 * patch + 4].tolist() if vectors[gene].any()]
+        assert len(known) == (3 if patch == 1 else 4)
+        torch.testing.assert_close(added[patch], projected[known].mean(0), rtol=1e-4, atol=1e-5)
+        assert added[patch].abs().max() > 0.1
+    assert (added[3] == 0).all()
+
+
+@pytest.mark.parametrize("genes", [GeneTokens(3, CHANNELS), GenePatches(3, CHANNELS, 2)])
+def test_vectors_of_other_genes_or_without_numbers_are_refused(genes):
+    with pytest.raises(ValueError, match=r"shape \(3, W\), got \(4, 5\)"):
+        genes.set_gene_vectors(random(4, 5))
+    for bad in (torch.zeros(3, 5), torch.full((3, 5), torch.nan)):
+        with pytest.raises(ValueError, match="finite numbers that are not all zero"):
+            genes.set_gene_vectors(bad)

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from primeflow_perturbench.networks.layers import (
+    AdaptiveBranch,
     TimeConditionEmbedding,
+    feed_forward,
     normalisation,
     sinusoidal_embedding,
     zero_initialised,
@@ -81,3 +83,41 @@ def test_normalisation_equals_a_plain_rewrite():
     mean, var = grouped.mean(-1, keepdims=True), grouped.var(-1, keepdims=True)
     expected = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(2, 8, 5)
     np.testing.assert_allclose(norm(h).detach().numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6)])
+def test_an_adaptive_branch_equals_a_plain_rewrite(shape):
+    torch.manual_seed(0)
+    block = AdaptiveBranch(6, 5, feed_forward(6, 2))
+    nn.init.normal_(block.modulation.weight)
+    nn.init.normal_(block.modulation.bias)
+    h, embedding = torch.randn(shape), torch.randn(3, 5)
+
+    def silu(z):
+        return z / (1 + np.exp(-z))
+
+    def linear(z, layer):
+        return z @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+
+    expected = h.numpy().copy()
+    for cell in range(3):
+        shift, scale, gate = linear(silu(embedding[cell].numpy()), block.modulation).reshape(3, 6)
+        rows = expected[cell].reshape(-1, 6)
+        for row in rows:
+            normal = (row - row.mean()) / np.sqrt(row.var() + 1e-5)
+            hidden = silu(linear((1 + scale) * normal + shift, block.branch[0]))
+            row += gate * linear(hidden, block.branch[2])
+    found = block(h, embedding).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - h.numpy()).max() > 0.1
+
+
+def test_a_fresh_adaptive_branch_passes_its_input_on_and_can_learn():
+    torch.manual_seed(0)
+    block, h = AdaptiveBranch(6, 5, feed_forward(6, 2)), torch.randn(2, 6)
+    out = block(h, torch.randn(2, 5))
+    torch.testing.assert_close(out, h, rtol=0, atol=0)
+    out.sum().backward()
+    shift, scale, gate = block.modulation.weight.grad.chunk(3)
+    assert gate.abs().max() > 1e-3
+    assert shift.abs().max() == scale.abs().max() == 0

@@ -1,0 +1,181 @@
+"""The two recipes that the benchmarks of speed compare, and what it takes to measure them.
+
+Needs torch and numpy alone, and the checkout: no package of the install's is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json  # noqa: E402
+
+# Numbers of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read.
+RECIPES: dict[str, dict[str, Any]] = {
+    "primeflow": {"channels": 64, "multipliers": [1, 2, 4, 8], "blocks": 2, "patch": None, "precondition": False},
+    "primeflow_fast": {"channels": 128, "multipliers": [1, 2, 4], "blocks": 2, "patch": 8, "precondition": True},
+}
+CONDITION_WIDTH = 200
+
+
+def build(recipe: str, n_genes: int):
+    """Network of a recipe, its first weights from seed 0."""
+    import torch
+
+    from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+    from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
+    from primeflow_perturbench.networks.unet import UNet
+
+    settings = dict(RECIPES[recipe])
+    patch, precondition = settings.pop("patch"), settings.pop("precondition")
+
+    def genes(n_genes: int, channels: int):
+        return GeneTokens(n_genes, channels) if patch is None else GenePatches(n_genes, channels, patch=patch)
+
+    torch.manual_seed(0)
+    network = UNet(n_genes, CONDITION_WIDTH, attention=True, genes=genes, **settings)
+    return GaussianPreconditioning(network, n_genes) if precondition else network
+
+
+def velocity_of(network, compiled: bool):
+    """The network, compiled or not, as ``(x, t, condition) -> velocity``; a compilation that fails is an error."""
+    import torch
+
+    return torch.compile(network) if compiled else network
+
+
+def autocast(device: str):
+    """What a run has on the device: bfloat16 where it is multiplied natively, else float32."""
+    import torch
+
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bf16()
+    return torch.autocast(device, torch.bfloat16, enabled=native)
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
+
+
+def synchronise(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Most memory taken from the moment this is made: allocated on a GPU, or the growth of a process on the CPU."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self.device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.before = _status("VmRSS")
+
+    def gib(self) -> float:
+        """The most so far."""
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM") - self.before
+        return round(peak / 2**30, 3)
+
+
+def _status(key: str) -> int:
+    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith(f"{key}:"))
+
+
+def timed(action: Callable[[], object], seconds: float, device: str) -> tuple[int, float]:
+    """Repeat ``action`` for at least so many seconds, at least once; how often, and the seconds that it took."""
+    synchronise(device)
+    times, start = 0, time.perf_counter()
+    while times == 0 or time.perf_counter() - start < seconds:
+        action()
+        synchronise(device)
+        times += 1
+    return times, time.perf_counter() - start
+
+
+def arguments(description: str, results: Path, cells: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
+    parser.add_argument("--genes", type=int, nargs="+", default=[5000, 18080])
+    parser.add_argument("--seconds", type=float, help="of each measurement, at least; default: 5 on cuda, 3 on cpu")
+    parser.add_argument("--cells", type=int, help=f"that share a forward; default: {cells} on cuda, 4 on cpu")
+    parser.add_argument(
+        "--compiled", choices=("no", "yes"), nargs="+", help="default: both on cuda, no on cpu, which takes minutes"
+    )
+    parser.add_argument("--commit", default=commit(), help="of the source, where the machine has no checkout of git")
+    parser.add_argument("--output", type=Path, default=results)
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    parser.set_defaults(gpu_cells=cells)
+    return parser
+
+
+def fill_in(chosen: argparse.Namespace) -> None:
+    """Defaults that depend on the device."""
+    on_gpu = chosen.device == "cuda"
+    chosen.seconds = (5.0 if on_gpu else 3.0) if chosen.seconds is None else chosen.seconds
+    chosen.cells = (chosen.gpu_cells if on_gpu else 4) if chosen.cells is None else chosen.cells
+    chosen.compiled = (["no", "yes"] if on_gpu else ["no"]) if chosen.compiled is None else chosen.compiled
+
+
+def run_jobs(script: str, chosen: argparse.Namespace, jobs: list[dict[str, Any]]) -> None:
+    """Measure each job in a process of its own and write all so far; a job that fails ends the benchmark."""
+    runs: list[dict[str, Any]] = []
+    for job in jobs:
+        options = ["--device", chosen.device, "--seconds", str(chosen.seconds), "--cells", str(chosen.cells)]
+        command = [sys.executable, script, *options, "--job", json.dumps(job)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{job} failed; see above")
+        for run in json.loads(done.stdout.splitlines()[-1]):
+            runs.append(job | run)
+            print(json.dumps(runs[-1]), flush=True)
+        record = {
+            "device": chosen.device,
+            "cells": chosen.cells,
+            "condition_width": CONDITION_WIDTH,
+            "recipes": RECIPES,
+            "hardware": hardware(),
+            "versions": versions(),
+            "commit": chosen.commit,
+            "runs": runs,
+            "ratios": ratios(runs),
+        }
+        write_json(chosen.output, record)
+
+
+def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run of `primeflow_fast` beside the paper's recipe, compiled or not as it is, at the same number of genes."""
+    base = {(run["genes"], run["compiled"]): run for run in runs if run["recipe"] == "primeflow"}
+    found = []
+    for run in runs:
+        paper = base.get((run["genes"], run["compiled"]))
+        if run["recipe"] == "primeflow" or paper is None:
+            continue
+        named = ("genes", "compiled", "guidance", "method", "steps")
+        found.append(
+            {name: run[name] for name in named if name in run}
+            | {
+                "times_as_fast": round(run["cells_per_second"] / paper["cells_per_second"], 2),
+                "share_of_memory": round(run["peak_gib"] / paper["peak_gib"], 3) if paper["peak_gib"] else None,
+            }
+        )
+    return found

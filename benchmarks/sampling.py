@@ -1,0 +1,134 @@
+"""Cells per second and peak memory of sampling: the paper's recipe and ours, in one run on one machine.
+
+    python benchmarks/sampling.py --device cuda
+
+`primeflow` takes 100 Euler steps with guidance 2; `primeflow_fast` takes 10 and 5 midpoint steps with guidance 1 and
+2, compiled with 1 alone. On a GPU cells are generated to the host's memory over all evaluations, noise and copies
+included. On a CPU, where the paper's recipe takes minutes a cell, a few steps are timed and the rest is extrapolated:
+``evaluations_timed`` in ``benchmarks/results/sampling.json`` says how many evaluations, next to ``evaluations``, those
+that a cell needs. Peak memory is of the process's growth on a CPU, and includes the network's parameters everywhere.
+Needs torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from recipes import (
+    CONDITION_WIDTH,
+    PeakMemory,
+    arguments,
+    autocast,
+    build,
+    fill_in,
+    run_jobs,
+    synchronise,
+    timed,
+    velocity_of,
+)
+
+RESULT = Path(__file__).parent / "results" / "sampling.json"
+# Strengths of guidance and solvers of each recipe.
+SAMPLERS = {
+    "primeflow": {"guidance": (2.0,), "solvers": [("euler", 100)]},
+    "primeflow_fast": {"guidance": (1.0, 2.0), "solvers": [("midpoint", 10), ("midpoint", 5)]},
+}
+
+
+def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> list[dict[str, Any]]:
+    """A run for each solver of a recipe, with one network at one strength of guidance."""
+    import torch
+
+    from primeflow_perturbench.flow.sampling import ODESolver
+
+    peak = PeakMemory(device)
+    network = build(job["recipe"], job["genes"]).to(device).eval()
+    velocity = velocity_of(network, job["compiled"])
+    measured = generate if device == "cuda" else extrapolate
+    runs = []
+    with torch.no_grad(), autocast(device):
+        for method, steps in SAMPLERS[job["recipe"]]["solvers"]:
+            solver = ODESolver(method, steps)
+            run = measured(velocity, job, solver, device, cells, seconds)
+            settings = {"method": method, "steps": steps, "evaluations": solver.evaluations}
+            runs.append(settings | run | {"peak_gib": peak.gib(), "bf16": torch.is_autocast_enabled(device)})
+    return runs
+
+
+def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
+    """Generate batches of cells to the host's memory for at least so many seconds, after a warm-up of one step."""
+    import torch
+
+    from primeflow_perturbench.cells.batch_size import TILE, BatchSize
+    from primeflow_perturbench.cells.generation import CellGenerator
+    from primeflow_perturbench.flow.sampling import ODESolver
+
+    condition, null = torch.eye(CONDITION_WIDTH, device=device)[:1], torch.zeros(CONDITION_WIDTH, device=device)
+    size = BatchSize(cells)
+
+    def blocks(solver, n: int):
+        settings = {"guidance": job["guidance"], "batch_size": size}
+        return CellGenerator(velocity, job["genes"], null, solver, **settings).stream(condition, [n])
+
+    whole = size.tiles * TILE
+    for _ in blocks(ODESolver(solver.method, 1), 2 * whole):
+        pass
+    synchronise(device)
+    done, start = 0, time.perf_counter()
+    for _, first, block in blocks(solver, 10**9):
+        done = first + len(block)
+        if done % whole == 0 and time.perf_counter() - start >= seconds:
+            break
+    took = time.perf_counter() - start
+    synchronise(device)
+    return {
+        "cells": done,
+        "evaluations_timed": solver.evaluations * done // whole,
+        "seconds": round(took, 2),
+        "cells_per_second": done / took,
+    }
+
+
+def extrapolate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
+    """Time single steps for at least so many seconds, after a warm-up of one, and multiply."""
+    import torch
+
+    from primeflow_perturbench.flow.guidance import guide
+
+    condition = torch.eye(CONDITION_WIDTH, device=device)[:1].expand(cells, -1)
+    guided = guide(velocity, torch.zeros(CONDITION_WIDTH, device=device), job["guidance"])
+    x_0 = torch.randn(cells, job["genes"], device=device)
+
+    def step() -> None:
+        solver.integrate(lambda x, t: guided(x, t, condition), x_0, 0.0, 1 / solver.steps)
+
+    step()
+    times, took = timed(step, seconds, device)
+    return {
+        "cells": cells,
+        "evaluations_timed": times * solver.evaluations // solver.steps,
+        "seconds": round(took, 2),
+        "cells_per_second": cells * times / (took * solver.steps),
+    }
+
+
+def main() -> None:
+    chosen = arguments(__doc__, RESULT, cells=128).parse_args()
+    fill_in(chosen)
+    if chosen.job is not None:
+        print(json.dumps(measure(chosen.job, chosen.device, chosen.cells, chosen.seconds)))
+        return
+    jobs = [
+        {"recipe": recipe, "genes": genes, "compiled": compiled == "yes", "guidance": guidance}
+        for genes, compiled, recipe in product(chosen.genes, chosen.compiled, SAMPLERS)
+        for guidance in SAMPLERS[recipe]["guidance"][: 1 if compiled == "yes" else None]
+    ]
+    run_jobs(__file__, chosen, jobs)
+
+
+if __name__ == "__main__":
+    main()

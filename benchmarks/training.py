@@ -1,0 +1,86 @@
+"""Cells per second and peak memory of a training step: the paper's recipe and ours, in one run on one machine.
+
+    python benchmarks/training.py --device cuda
+
+A step is noise, forward, loss, backward and Adam on a batch of ``--cells`` cells that lies on the device; bfloat16
+where the device multiplies it natively. Writes ``benchmarks/results/training.json``. Needs torch and numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from recipes import (
+    CONDITION_WIDTH,
+    RECIPES,
+    PeakMemory,
+    arguments,
+    autocast,
+    build,
+    fill_in,
+    run_jobs,
+    timed,
+    velocity_of,
+)
+
+RESULT = Path(__file__).parent / "results" / "training.json"
+WARM_UP = 3
+
+
+def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> list[dict[str, Any]]:
+    """Training steps of a recipe for at least so many seconds, after a warm-up."""
+    import torch
+
+    from primeflow_perturbench.flow.loss import flow_matching_loss
+    from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
+    from primeflow_perturbench.training.optimiser import build_adam
+
+    peak = PeakMemory(device)
+    network = build(job["recipe"], job["genes"]).to(device).train()
+    velocity, optimizer = velocity_of(network, job["compiled"]), build_adam(network.parameters(), 2e-4, 0.0)
+    x_1 = torch.rand(cells, job["genes"], device=device)
+    condition = torch.eye(CONDITION_WIDTH, device=device)[:1].expand(cells, -1)
+
+    def step() -> None:
+        sample = StraightPath().sample(gaussian_source(x_1), x_1, uniform_time(x_1))
+        with autocast(device):
+            loss = flow_matching_loss(velocity, sample, condition)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(WARM_UP if device == "cuda" else 1):
+        step()
+    times, took = timed(step, seconds, device)
+    with autocast(device):
+        bf16 = torch.is_autocast_enabled(device)
+    return [
+        {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "steps_timed": times,
+            "seconds": round(took, 2),
+            "cells_per_second": times * cells / took,
+            "peak_gib": peak.gib(),
+            "bf16": bf16,
+        }
+    ]
+
+
+def main() -> None:
+    chosen = arguments(__doc__, RESULT, cells=64).parse_args()
+    fill_in(chosen)
+    if chosen.job is not None:
+        print(json.dumps(measure(chosen.job, chosen.device, chosen.cells, chosen.seconds)))
+        return
+    jobs = [
+        {"recipe": recipe, "genes": genes, "compiled": compiled == "yes"}
+        for genes, compiled, recipe in product(chosen.genes, chosen.compiled, RECIPES)
+    ]
+    run_jobs(__file__, chosen, jobs)
+
+
+if __name__ == "__main__":
+    main()

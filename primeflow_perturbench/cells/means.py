@@ -1,0 +1,256 @@
+"""Mean expression of conditions, measured or not, as a linear mixed model of contexts and perturbations.
+
+A flow trained on cells learns the means of the conditions that it saw, and is off by several standard errors where it
+saw none. What a context (the covariates together) and a perturbation do to the mean is shared between conditions, and a
+Gaussian process says so in closed form: the mean of a condition is a sum of independent effects,
+
+    context + (context of treated cells) + perturbation + (perturbation in this context),
+
+each normal with a variance of its own, and the mean of n measured cells is off by a normal error of variance 1 / n in
+units of a cell's variance. The effects of two perturbations add. The posterior mean is Henderson's best linear unbiased
+prediction (1975); the variances minimise the leave-one-condition-out error, which has a closed form as well (Rasmussen
+and Williams 2006, eq. 5.12).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from primeflow_perturbench.cells.condition import ConditionEncoder
+
+# Variances of the effects that are tried, in units of the variance of a cell.
+VARIANCES = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Of what all cells share, all treated ones, all of a context, and its treated ones: not small, so that control cells,
+# whom leaving out perturbed conditions never asks, keep the means that were measured.
+BASELINE, BASELINE_LEAST = (0, 1, -3, -2), 0.3
+SWEEPS = 10
+# Conditions that choose the variances; more would cost their number cubed for each that is tried.
+CHOOSING = 1000
+
+
+class ConditionSurvey:
+    """Sums of expression by condition vector, gathered batch by batch."""
+
+    def __init__(self):
+        self._row: dict[bytes, int] = {}
+        self._conditions: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._counts: list[int] = []
+
+    def add(self, condition: Tensor, expression: Tensor) -> None:
+        """Take in condition vectors (B, C) and expression (B, G)."""
+        distinct, inverse = condition.float().cpu().unique(dim=0, return_inverse=True)
+        sums = torch.zeros(len(distinct), expression.shape[1], dtype=torch.float64)
+        sums.index_add_(0, inverse, expression.detach().double().cpu())
+        for vector, total, n in zip(distinct, sums, inverse.bincount().tolist(), strict=True):
+            self._add(vector, total, n)
+
+    def _add(self, vector: Tensor, total: Tensor, n: int) -> None:
+        key = vector.numpy().tobytes()
+        if key not in self._row:
+            self._row[key] = len(self._row)
+            self._conditions.append(vector)
+            self._sums.append(torch.zeros_like(total))
+            self._counts.append(0)
+        row = self._row[key]
+        self._sums[row] += total
+        self._counts[row] += n
+
+    @classmethod
+    def of_all(cls, surveys: Sequence["ConditionSurvey"]) -> "ConditionSurvey":
+        """One survey of the cells of many."""
+        whole = cls()
+        for survey in surveys:
+            for vector, total, n in zip(survey._conditions, survey._sums, survey._counts, strict=True):
+                whole._add(vector, total, n)
+        return whole
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Condition vectors (N, C), mean expression (N, G) and number of cells (N,), ordered by condition vector."""
+        order = sorted(range(len(self._conditions)), key=lambda row: self._conditions[row].tolist())
+        counts = torch.tensor(self._counts, dtype=torch.float64)[order]
+        means = torch.stack([self._sums[row] for row in order]) / counts[:, None]
+        return torch.stack([self._conditions[row] for row in order]), means, counts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where perturbations and covariates lie in a condition vector.
+
+    Attributes
+    ----------
+    perturbations
+        Features of the perturbation, the first of the vector.
+    covariates
+        Features of each covariate, in order; one feature is a continuous covariate.
+    scales
+        Standard deviation of each continuous covariate over the measured conditions, 1 for the others.
+    """
+
+    perturbations: int
+    covariates: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @classmethod
+    def of(cls, encoder: ConditionEncoder, conditions: Tensor) -> "Layout":
+        """Layout of an encoder's vectors, with the scales of conditions (N, C)."""
+        layout = cls(encoder.perturbation_width, tuple(encoder.covariate_widths.values()), ())
+        scales = [
+            float(part.double().std(correction=0)) or 1.0 if part.shape[1] == 1 else 1.0
+            for part in layout.split(conditions)[1]
+        ]
+        return cls(layout.perturbations, layout.covariates, tuple(scales))
+
+    def split(self, conditions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Perturbations (N, P) and the covariates (N, n) of condition vectors (N, C)."""
+        sizes = [self.perturbations, *self.covariates, 1]
+        perturbations, *covariates, _ = conditions.split(sizes, dim=1)
+        return perturbations, covariates
+
+    def similarities(self, left: Tensor, right: Tensor) -> Tensor:
+        """How alike conditions (N, C) and (M, C) are in each of the K effects, shape (K, N, M)."""
+        (p, of_left), (q, of_right) = self.split(left), self.split(right)
+        single = []
+        for a, b, scale in zip(of_left, of_right, self.scales, strict=True):
+            if a.shape[1] == 1:
+                single.append(torch.exp(-(((a - b.T) / scale) ** 2) / 2))
+            else:
+                single.append(a @ b.T)
+        # The covariates one by one, and all of them together: the context.
+        contexts = single if len(single) == 1 else [*single, torch.stack(single).prod(0)] if single else []
+        known = (left[:, -1:] == 0).to(p) @ (right[:, -1:] == 0).to(p).T
+        treated = (p != 0).any(1, keepdim=True).to(p) @ (q != 0).any(1, keepdim=True).to(p).T
+        alike = p @ q.T
+        effects = [known, treated, alike]
+        for context in contexts:
+            effects += [context, context * treated, context * alike]
+        return torch.stack(effects) * known
+
+
+@dataclass(frozen=True)
+class ConditionMeans:
+    """Means of conditions, see the module's text.
+
+    Attributes
+    ----------
+    layout
+        Where perturbations and covariates lie in a condition vector.
+    variances
+        Variance of each effect in units of the variance of a cell, shape (K,).
+    conditions
+        Vectors of the measured conditions, shape (N, C).
+    coefficients
+        What each of them contributes, shape (N, G).
+    centre
+        Mean of the measured conditions, shape (G,); that of the null condition.
+    """
+
+    layout: Layout
+    variances: Tensor
+    conditions: Tensor
+    coefficients: Tensor
+    centre: Tensor
+
+    @classmethod
+    def fit(cls, encoder: ConditionEncoder, survey: ConditionSurvey) -> "ConditionMeans":
+        """Choose the variances and solve for the coefficients.
+
+        Parameters
+        ----------
+        encoder
+            Made the condition vectors.
+        survey
+            Means of the measured conditions.
+        """
+        conditions, means, counts = survey.tensors()
+        layout = Layout.of(encoder, conditions)
+        centre = means.mean(0)
+        similarities, rest = layout.similarities(conditions.double(), conditions.double()), means - centre
+        variances = choose_variances(similarities, rest, counts, perturbed=layout.split(conditions)[0].ne(0).any(1))
+        kernel = torch.einsum("k,knm->nm", variances, similarities)
+        coefficients = torch.linalg.solve(kernel + torch.diag(1 / counts), rest)
+        return cls(layout, variances, conditions, coefficients.float(), centre.float())
+
+    def __call__(self, condition: Tensor) -> Tensor:
+        """Means (B, G), never negative, of condition vectors (B, C)."""
+        here = self.to(condition.device)
+        # In full precision also where the network around it computes in half.
+        with torch.autocast(condition.device.type, enabled=False):
+            similarities = here.layout.similarities(condition.float(), here.conditions)
+            kernel = torch.einsum("k,knm->nm", here.variances.float(), similarities)
+            return (here.centre + kernel @ here.coefficients).clamp(min=0)
+
+    def to(self, device: torch.device) -> "ConditionMeans":
+        """The same on a device."""
+        if self.conditions.device == device:
+            return self
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ConditionMeans(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers that `from_state` takes."""
+        layout = {
+            field.name: list(value) if isinstance(value := getattr(self.layout, field.name), tuple) else value
+            for field in fields(self.layout)
+        }
+        tensors = {field.name: getattr(self, field.name).cpu() for field in fields(self) if field.name != "layout"}
+        return {"layout": layout, **tensors}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "ConditionMeans":
+        """What `state` was taken from."""
+        layout = {name: tuple(value) if isinstance(value, list) else value for name, value in state["layout"].items()}
+        return cls(**{**state, "layout": Layout(**layout)})
+
+
+def choose_variances(similarities: Tensor, means: Tensor, counts: Tensor, perturbed: Tensor) -> Tensor:
+    """Variances (K,) of the effects that predict each perturbed condition best from all others.
+
+    Coordinate descent over `VARIANCES`, for the effects of `BASELINE` over those from `BASELINE_LEAST` on.
+
+    Parameters
+    ----------
+    similarities
+        Of the conditions in each effect, shape (K, N, N).
+    means
+        Centred means (N, G).
+    counts
+        Cells of each condition, shape (N,).
+    perturbed
+        Which conditions are to be predicted, shape (N,).
+    """
+    if len(counts) > CHOOSING:
+        rows = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))[:CHOOSING].sort().values
+        similarities, means, counts, perturbed = (
+            similarities[:, rows][..., rows],
+            means[rows],
+            counts[rows],
+            perturbed[rows],
+        )
+    products, noise = means @ means.T, torch.diag(1 / counts)
+
+    def error(variances: list[float]) -> float:
+        kernel = torch.einsum("k,knm->nm", torch.tensor(variances, dtype=torch.float64), similarities)
+        inverse = torch.linalg.inv(kernel + noise)
+        squares = (inverse @ products @ inverse).diagonal() / inverse.diagonal() ** 2
+        return float(squares[perturbed].sum())
+
+    least = torch.zeros(len(similarities))
+    least[list(BASELINE)] = BASELINE_LEAST
+    variances = [0.3] * len(similarities)
+    best = error(variances)
+    for _ in range(SWEEPS):
+        before = best
+        for effect in range(len(variances)):
+            for value in VARIANCES:
+                if value < least[effect] - 1e-6:
+                    continue
+                tried = [*variances[:effect], value, *variances[effect + 1 :]]
+                if (found := error(tried)) < best:
+                    variances, best = tried, found
+        if best == before:
+            break
+    return torch.tensor(variances, dtype=torch.float64)

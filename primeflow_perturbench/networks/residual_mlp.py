@@ -1,0 +1,66 @@
+"""Residual perceptron whose every block time and condition steer."""
+
+from torch import Tensor, nn
+
+from primeflow_perturbench.networks.layers import (
+    AdaptiveBranch,
+    TimeConditionEmbedding,
+    feed_forward,
+    zero_initialised,
+)
+
+
+class ResidualMLP(nn.Module):
+    """Linear read-in of all genes, residual blocks with adaLN-zero, linear read-out that starts at zero.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes, G.
+    condition_width
+        Features of a condition vector, C.
+    width
+        Features of the hidden state.
+    depth
+        Residual blocks.
+    expansion
+        Units of a block's hidden layer as a multiple of ``width``.
+    embedding_width
+        Features of the embedding of time and condition, even.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, or ``embedding_width`` is odd.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        condition_width: int,
+        width: int = 512,
+        depth: int = 4,
+        expansion: int = 2,
+        embedding_width: int = 256,
+    ):
+        super().__init__()
+        if min(n_genes, condition_width, width, depth, expansion, embedding_width) < 1:
+            raise ValueError(
+                f"a residual MLP needs positive sizes, got n_genes {n_genes}, condition_width {condition_width}, "
+                f"width {width}, depth {depth}, expansion {expansion}, embedding_width {embedding_width}"
+            )
+        self.embed = TimeConditionEmbedding(condition_width, embedding_width)
+        self.read_in = nn.Linear(n_genes, width)
+        self.blocks = nn.ModuleList(
+            AdaptiveBranch(width, embedding_width, feed_forward(width, expansion)) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.read_out = zero_initialised(nn.Linear(width, n_genes))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Velocity (B, G) at points (B, G), times (B,) and conditions (B, C)."""
+        embedding = self.embed(t, condition)
+        h = self.read_in(x)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.read_out(self.norm(h))

@@ -1,0 +1,214 @@
+import pytest
+import torch
+
+from primeflow_perturbench.cells.condition import ConditionEncoder
+from primeflow_perturbench.cells.means import (
+    VARIANCES,
+    ConditionMeans,
+    ConditionSurvey,
+    Layout,
+    choose_variances,
+)
+
+LINES, PERTURBATIONS, GENES = ["a", "b", "c"], ["P", "Q", "R", "S"], 7
+
+
+def encoder(lines=LINES, **others):
+    return ConditionEncoder(len(PERTURBATIONS), {"line": lines, **others})
+
+
+def vector(line, label):
+    """Condition vector (1, C)."""
+    multi_hot = torch.tensor([[float(name in label.split("+")) for name in PERTURBATIONS]])
+    return encoder()(multi_hot, {"line": torch.tensor([[float(name == line) for name in LINES]])})
+
+
+def screen(heldout=(("c", "P+Q"),), cells=30, noise=0.0, transfer=True, seed=0):
+    """Survey of simulated conditions and their true means: line + perturbation, the latter the line's own or shared."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {line: 2 + torch.rand(GENES, generator=generator) for line in LINES}
+    shared = {name: 0.5 * torch.randn(GENES, generator=generator) for name in PERTURBATIONS}
+    own = {(line, name): 0.5 * torch.randn(GENES, generator=generator) for line in LINES for name in PERTURBATIONS}
+    truth, survey = {}, ConditionSurvey()
+    for line in LINES:
+        for label in ["control", *PERTURBATIONS, "P+Q"]:
+            parts = [name for name in label.split("+") if name != "control"]
+            truth[line, label] = base[line] + sum(shared[name] if transfer else own[line, name] for name in parts)
+            if (line, label) not in heldout:
+                values = truth[line, label] + noise * torch.randn(cells, GENES, generator=generator)
+                survey.add(vector(line, label).expand(cells, -1), values)
+    return survey, truth
+
+
+def error(means, truth, condition):
+    return float((means(vector(*condition))[0] - truth[condition]).abs().max())
+
+
+def test_shared_effects_carry_over_to_a_line_that_lacks_the_perturbation():
+    survey, truth = screen(heldout=[("c", "R"), ("c", "P+Q")])
+    means = ConditionMeans.fit(encoder(), survey)
+    assert error(means, truth, ("c", "R")) < 0.1
+    control = float((truth["c", "control"] - truth["c", "R"]).abs().max())
+    assert control > 0.5
+
+
+def test_effects_of_a_pair_add_within_a_line_even_where_lines_share_nothing():
+    survey, truth = screen(heldout=[("c", "P+Q")], transfer=False, cells=1000)
+    means = ConditionMeans.fit(encoder(), survey)
+    assert error(means, truth, ("c", "P+Q")) < 0.2
+    assert float((truth["c", "P"] - truth["c", "P+Q"]).abs().max()) > 0.5
+
+
+def test_what_lines_do_not_share_is_not_carried_over():
+    """Where another line's effect says nothing, the best guess is the line without it."""
+    far, near = [], []
+    for seed in range(5):
+        survey, truth = screen(heldout=[("c", "R")], transfer=False, noise=0.3, seed=seed)
+        means = ConditionMeans.fit(encoder(), survey)
+        guess = means(vector("c", "R"))[0]
+        others = (truth["a", "R"] - truth["a", "control"] + truth["b", "R"] - truth["b", "control"]) / 2
+        near.append(float((guess - truth["c", "control"]).norm()))
+        far.append(float((guess - truth["c", "control"] - others).norm()))
+    assert sum(near) < 0.8 * sum(far)
+
+
+def test_the_posterior_is_the_ridge_regression_on_explicit_effects():
+    survey, _ = screen(noise=0.5)
+    means = ConditionMeans.fit(encoder(), survey)
+    conditions, values, counts = survey.tensors()
+    p, line = conditions[:, :4].double(), conditions[:, 4:7].double()
+    treated = (p.sum(1, keepdim=True) > 0).double()
+    blocks = [
+        torch.ones(len(p), 1).double(),
+        treated,
+        p,
+        line,
+        line * treated,
+        (line[:, :, None] * p[:, None]).flatten(1),
+    ]
+    kept = [(block, variance) for block, variance in zip(blocks, means.variances, strict=True) if variance > 0]
+    features = torch.cat([block for block, _ in kept], 1)
+    penalty = torch.cat([torch.full((block.shape[1],), 1 / float(v)) for block, v in kept]).double()
+    centred = values - values.mean(0)
+    weighted = features.T * counts
+    effects = torch.linalg.solve(weighted @ features + torch.diag(penalty), weighted @ centred)
+    torch.testing.assert_close(means(conditions).double(), features @ effects + values.mean(0), rtol=0, atol=1e-4)
+
+
+def test_the_chosen_variances_leave_out_best_in_truth():
+    """The closed form of leaving one condition out against refitting without it."""
+    survey, _ = screen(noise=1.0)
+    conditions, values, counts = survey.tensors()
+    layout = Layout.of(encoder(), conditions)
+    perturbed = conditions[:, :4].sum(1) > 0
+    similarities, rest = layout.similarities(conditions.double(), conditions.double()), values - values.mean(0)
+
+    def left_out(variances):
+        kernel = torch.einsum("k,knm->nm", variances, similarities)
+        total = 0.0
+        for row in range(len(rest)):
+            others = torch.arange(len(rest)) != row
+            solved = torch.linalg.solve(kernel[others][:, others] + torch.diag(1 / counts[others]), rest[others])
+            total += float((kernel[row, others] @ solved - rest[row]).square().sum()) * bool(perturbed[row])
+        return total
+
+    chosen = choose_variances(similarities, rest, counts, perturbed)
+    best = left_out(chosen)
+    assert (chosen[[0, 1, 3, 4]] >= 0.3).all()
+    for effect in range(len(chosen)):
+        for value in VARIANCES if effect in (2, 5) else VARIANCES[-4:]:
+            other = chosen.clone()
+            other[effect] = value
+            assert left_out(other) >= best - 1e-9
+    assert best < 0.99 * left_out(torch.full_like(chosen, 0.3))
+
+
+def test_the_null_condition_has_the_mean_of_all():
+    survey, _ = screen()
+    means = ConditionMeans.fit(encoder(), survey)
+    null = encoder().null[None]
+    torch.testing.assert_close(means(null)[0], survey.tensors()[1].mean(0).float())
+    together = means(torch.cat([null, vector("a", "P")]))
+    torch.testing.assert_close(together[1:], means(vector("a", "P")))
+
+
+def test_means_are_never_negative():
+    survey = ConditionSurvey()
+    for line, label, value in (("a", "control", 1.0), ("a", "P", 0.1), ("a", "Q", 0.1), ("b", "control", 0.5)):
+        survey.add(vector(line, label).expand(50, -1), torch.full((50, GENES), value))
+    assert (ConditionMeans.fit(encoder(), survey)(vector("b", "P+Q")) >= 0).all()
+
+
+def test_batches_and_parts_make_the_survey_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat([vector(line, label) for line in LINES for label in ("control", "P", "Q+R")])
+    conditions = rows[torch.randint(9, (200,), generator=generator)]
+    cells = torch.rand(200, GENES, generator=generator)
+    whole, parts = ConditionSurvey(), [ConditionSurvey(), ConditionSurvey()]
+    whole.add(conditions, cells)
+    for part, chosen in zip(parts, torch.arange(200).split(120), strict=True):
+        for batch in chosen.split(50):
+            part.add(conditions[batch], cells[batch])
+    for one, other in zip(whole.tensors(), ConditionSurvey.of_all(parts).tensors(), strict=True):
+        torch.testing.assert_close(one, other)
+    found, means, counts = whole.tensors()
+    assert counts.sum() == 200
+    row = (found == vector("b", "Q+R")).all(1).nonzero().item()
+    mine = (conditions == vector("b", "Q+R")).all(1)
+    torch.testing.assert_close(means[row], cells[mine].double().mean(0))
+    assert counts[row] == mine.sum()
+
+
+def test_a_continuous_covariate_is_like_near_doses():
+    doses = ConditionEncoder(1, {"line": ["a"], "dose": None})
+
+    def at(dose):
+        return doses(torch.ones(1, 1), {"line": torch.ones(1, 1), "dose": torch.tensor([[dose]])})
+
+    survey = ConditionSurvey()
+    for dose in (0.0, 1.0, 2.0, 3.0):
+        survey.add(at(dose).expand(100, -1), torch.full((100, 2), 1 + dose))
+    means = ConditionMeans.fit(doses, survey)
+    found = torch.cat([means(at(dose)) for dose in (0.2, 1.5, 2.8)])[:, 0]
+    assert found[0] < found[1] < found[2]
+    assert found[1] == pytest.approx(2.5, abs=0.3)
+
+
+def test_no_covariates():
+    plain = ConditionEncoder(2, {})
+    survey = ConditionSurvey()
+    for labels, value in (([0.0, 0.0], 1.0), ([1.0, 0.0], 2.0), ([0.0, 1.0], 4.0)):
+        survey.add(plain(torch.tensor([labels]), None).expand(1000, -1), torch.full((1000, 1), value))
+    pair = ConditionMeans.fit(plain, survey)(plain(torch.ones(1, 2), None))
+    assert float(pair) > 3
+
+
+def test_two_covariates_have_effects_of_each_and_of_both():
+    both = ConditionEncoder(2, {"line": ["a", "b"], "drug": ["x", "y", "z"]})
+    conditions = torch.cat(
+        [
+            both(torch.eye(2)[:1], {"line": torch.eye(2)[[i]], "drug": torch.eye(3)[[j]]})
+            for i in range(2)
+            for j in range(3)
+        ]
+    )
+    similarities = Layout.of(both, conditions).similarities(conditions, conditions)
+    assert similarities.shape == (3 + 3 * 3, 6, 6)
+    assert similarities[3, 0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert similarities[6, 0].tolist() == [1, 0, 0, 1, 0, 0]
+    assert similarities[9, 0].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_the_state_gives_the_same_means_back(tmp_path):
+    survey, _ = screen()
+    means = ConditionMeans.fit(encoder(), survey)
+    torch.save(means.state(), tmp_path / "means.pt")
+    back = ConditionMeans.from_state(torch.load(tmp_path / "means.pt", weights_only=True))
+    assert torch.equal(means(vector("a", "P+Q")), back(vector("a", "P+Q")))
+    assert back.layout == means.layout
+
+
+def test_so_many_conditions_that_some_choose(monkeypatch):
+    monkeypatch.setattr("primeflow_perturbench.cells.means.CHOOSING", 10)
+    survey, truth = screen(heldout=[("c", "P+Q")], noise=0.1)
+    assert error(ConditionMeans.fit(encoder(), survey), truth, ("c", "P+Q")) < 0.4
