@@ -46,7 +46,15 @@ PRECISIONS = {
     "16-mixed": torch.float16,
 }
 # Settings of `model` that say how to sample, not what was trained.
-SAMPLING = ("guidance", "solver", "sample_batch_size", "detection_limit")
+SAMPLING = (
+    "guidance",
+    "guidance_interval",
+    "solver",
+    "sample_batch_size",
+    "detection_limit",
+    "calibrate",
+    "compile",
+)
 
 
 def predict_run(cfg: DictConfig, console: Console) -> Path:
@@ -248,7 +256,9 @@ def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
         "seed": model.seed,
         "guidance": float(model.guidance),
         "solver": asdict(model.solver),
+        "guidance_interval": list(model.guidance_interval),
         "detection_limit": model.learnt_detection_limit if learnt else model.detection_limit,
+        "calibrate": model.calibrate,
         "precision": precision,
     }
 

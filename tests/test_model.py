@@ -3,6 +3,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import anndata as ad
 import hydra
 import lightning as L
 import numpy as np
@@ -421,7 +422,10 @@ def test_an_anndata_of_one_cell_and_without_indices_of_conditions():
 # --- checkpoints
 
 
-def compose(folder, screen_path, *overrides):
+SIZES = ("model.network.width=16", "model.network.depth=1", "model.network.embedding_width=8")
+
+
+def compose(folder, screen_path, *overrides, sizes=SIZES):
     """Three steps of a small perceptron on the screen of the tests."""
     settings = [
         "data=h5ad",
@@ -430,9 +434,7 @@ def compose(folder, screen_path, *overrides):
         f"data.splitter.split_path={screen_path.parent / 'split.csv'}",
         "data.splitter.save=false",
         "model=primeflow_mlp",
-        "model.network.width=16",
-        "model.network.depth=1",
-        "model.network.embedding_width=8",
+        *sizes,
         "model.solver.steps=4",
         "trainer.max_steps=3",
         "trainer.val_check_interval=2",
@@ -521,6 +523,35 @@ def test_calibration_needs_a_training_that_learnt_the_means(trained):
     )
     with pytest.raises(InputError, match="learnt in training: train first, or set calibrate=false"):
         model.predict(next(iter(trained[0]["datamodule"].val_dataloader())))
+
+
+@pytest.mark.parametrize("network", ["unet_patches_small", "transformer_small"])
+def test_the_order_of_the_genes_is_learnt_once_and_kept(network, tmp_path, screen_path):
+    """Correlated genes share a patch; who resumes or finetunes keeps the order that the weights were trained in."""
+    names = ad.read_h5ad(screen_path).var_names
+    vectors = pd.DataFrame(np.random.default_rng(0).normal(size=(len(names), 6)), index=names).rename(columns=str)
+    vectors.to_parquet(tmp_path / "vectors.parquet")
+    given = [
+        f"model/network={network}",
+        "model.network.genes.order=correlation",
+        f"model.network.genes.initial_vectors={tmp_path / 'vectors.parquet'}",
+    ]
+
+    def genes_of(run):
+        return next(module for module in run["model"].network.modules() if isinstance(module, GenePatches))
+
+    def run(folder, *more):
+        return train(compose(tmp_path / folder, screen_path, *given, *more, sizes=()))
+
+    first = genes_of(run("first"))
+    assert sorted(first.order.tolist()) == list(range(128)) != first.order.tolist()
+    checkpoint = f"ckpt_path={tmp_path / 'first' / 'checkpoints' / 'last.ckpt'}"
+    resumed = genes_of(run("resumed", checkpoint, "trainer.max_steps=4"))
+    finetuned = genes_of(run("finetuned", checkpoint, "+finetune=true", "trainer.max_steps=1"))
+    for later in (resumed, finetuned):
+        assert torch.equal(later.order, first.order)
+        # The vectors are not added a second time.
+        assert (later.embedding - first.embedding).abs().max() < 0.1
 
 
 def test_counts_in_the_file_are_refused(tmp_path, screen_path, screen):

@@ -34,6 +34,13 @@ def test_the_first_weights_are_forgotten():
     assert averaged(0.998, first_only) < 1e-8
 
 
+def test_whole_numbers_are_copied_and_not_averaged():
+    """The order of the genes is a buffer of integers, at which the averaging of a list once raised."""
+    average = [torch.tensor([2, 0, 1])]
+    average_with_warm_up(0.9)(average, [torch.tensor([1, 2, 0])], torch.tensor(5))
+    assert average[0].tolist() == [1, 2, 0]
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
