@@ -12,7 +12,8 @@ prediction (1975); the variances minimise the leave-one-condition-out error, whi
 and Williams 2006, eq. 5.12).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -88,21 +89,24 @@ class Layout:
         Features of each covariate, in order; one feature is a continuous covariate.
     scales
         Standard deviation of each continuous covariate over the measured conditions, 1 for the others.
+    unit
+        Median squared norm of the measured perturbations: 1 for single ones, another where embeddings stand for them.
     """
 
     perturbations: int
     covariates: tuple[int, ...]
-    scales: tuple[float, ...]
+    scales: tuple[float, ...] = ()
+    unit: float = 1.0
 
     @classmethod
     def of(cls, encoder: ConditionEncoder, conditions: Tensor) -> "Layout":
         """Layout of an encoder's vectors, with the scales of conditions (N, C)."""
-        layout = cls(encoder.perturbation_width, tuple(encoder.covariate_widths.values()), ())
-        scales = [
-            float(part.double().std(correction=0)) or 1.0 if part.shape[1] == 1 else 1.0
-            for part in layout.split(conditions)[1]
-        ]
-        return cls(layout.perturbations, layout.covariates, tuple(scales))
+        layout = cls(encoder.perturbation_width, tuple(encoder.covariate_widths.values()))
+        perturbations, covariates = layout.split(conditions.double())
+        scales = [float(part.std(correction=0)) or 1.0 if part.shape[1] == 1 else 1.0 for part in covariates]
+        norms = perturbations.square().sum(1)
+        unit = float(norms[norms > 0].median()) if (norms > 0).any() else 1.0
+        return cls(layout.perturbations, layout.covariates, tuple(scales), unit)
 
     def split(self, conditions: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Perturbations (N, P) and the covariates (N, n) of condition vectors (N, C)."""
@@ -110,24 +114,25 @@ class Layout:
         perturbations, *covariates, _ = conditions.split(sizes, dim=1)
         return perturbations, covariates
 
-    def similarities(self, left: Tensor, right: Tensor) -> Tensor:
-        """How alike conditions (N, C) and (M, C) are in each of the K effects, shape (K, N, M)."""
+    def effects(self, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+        """How alike conditions (N, C) and (M, C) are in each effect, shape (N, M) each."""
         (p, of_left), (q, of_right) = self.split(left), self.split(right)
-        single = []
-        for a, b, scale in zip(of_left, of_right, self.scales, strict=True):
-            if a.shape[1] == 1:
-                single.append(torch.exp(-(((a - b.T) / scale) ** 2) / 2))
-            else:
-                single.append(a @ b.T)
-        # The covariates one by one, and all of them together: the context.
-        contexts = single if len(single) == 1 else [*single, torch.stack(single).prod(0)] if single else []
         known = (left[:, -1:] == 0).to(p) @ (right[:, -1:] == 0).to(p).T
         treated = (p != 0).any(1, keepdim=True).to(p) @ (q != 0).any(1, keepdim=True).to(p).T
-        alike = p @ q.T
-        effects = [known, treated, alike]
-        for context in contexts:
-            effects += [context, context * treated, context * alike]
-        return torch.stack(effects) * known
+        alike = (p @ q.T) * known / self.unit
+        yield from (known, treated, alike)
+        single = [
+            torch.exp(-(((a - b.T) / scale) ** 2) / 2) if a.shape[1] == 1 else a @ b.T
+            for a, b, scale in zip(of_left, of_right, self.scales, strict=True)
+        ]
+        # The covariates one by one, and all of them together: the context.
+        for context in single if len(single) < 2 else [*single, math.prod(single)]:
+            yield from (context * known, context * treated, context * alike)
+
+    def kernel(self, left: Tensor, right: Tensor, variances: Sequence[float]) -> Tensor:
+        """Covariance (N, M) of the means of conditions, for the variances of the effects."""
+        weighted = (v * effect for v, effect in zip(variances, self.effects(left, right), strict=True))
+        return sum(weighted, torch.zeros(len(left), len(right), dtype=left.dtype, device=left.device))
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,14 @@ class ConditionMeans:
         conditions, means, counts = survey.tensors()
         layout = Layout.of(encoder, conditions)
         centre = means.mean(0)
-        similarities, rest = layout.similarities(conditions.double(), conditions.double()), means - centre
-        variances = choose_variances(similarities, rest, counts, perturbed=layout.split(conditions)[0].ne(0).any(1))
-        kernel = torch.einsum("k,knm->nm", variances, similarities)
+        exact, rest = conditions.double(), means - centre
+        rows = torch.arange(len(counts))
+        if len(counts) > CHOOSING:
+            rows = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))[:CHOOSING].sort().values
+        effects = torch.stack(list(layout.effects(exact[rows], exact[rows])))
+        perturbed = layout.split(conditions)[0].ne(0).any(1)
+        variances = choose_variances(effects, rest[rows], counts[rows], perturbed[rows])
+        kernel = layout.kernel(exact, exact, variances.tolist())
         coefficients = torch.linalg.solve(kernel + torch.diag(1 / counts), rest)
         return cls(layout, variances, conditions, coefficients.float(), centre.float())
 
@@ -179,8 +189,7 @@ class ConditionMeans:
         here = self.to(condition.device)
         # In full precision also where the network around it computes in half.
         with torch.autocast(condition.device.type, enabled=False):
-            similarities = here.layout.similarities(condition.float(), here.conditions)
-            kernel = torch.einsum("k,knm->nm", here.variances.float(), similarities)
+            kernel = here.layout.kernel(condition.float(), here.conditions, self.variances.tolist())
             return (here.centre + kernel @ here.coefficients).clamp(min=0)
 
     def to(self, device: torch.device) -> "ConditionMeans":
@@ -206,15 +215,15 @@ class ConditionMeans:
         return cls(**{**state, "layout": Layout(**layout)})
 
 
-def choose_variances(similarities: Tensor, means: Tensor, counts: Tensor, perturbed: Tensor) -> Tensor:
+def choose_variances(effects: Tensor, means: Tensor, counts: Tensor, perturbed: Tensor) -> Tensor:
     """Variances (K,) of the effects that predict each perturbed condition best from all others.
 
     Coordinate descent over `VARIANCES`, for the effects of `BASELINE` over those from `BASELINE_LEAST` on.
 
     Parameters
     ----------
-    similarities
-        Of the conditions in each effect, shape (K, N, N).
+    effects
+        How alike the conditions are in each, shape (K, N, N).
     means
         Centred means (N, G).
     counts
@@ -222,25 +231,17 @@ def choose_variances(similarities: Tensor, means: Tensor, counts: Tensor, pertur
     perturbed
         Which conditions are to be predicted, shape (N,).
     """
-    if len(counts) > CHOOSING:
-        rows = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))[:CHOOSING].sort().values
-        similarities, means, counts, perturbed = (
-            similarities[:, rows][..., rows],
-            means[rows],
-            counts[rows],
-            perturbed[rows],
-        )
     products, noise = means @ means.T, torch.diag(1 / counts)
 
     def error(variances: list[float]) -> float:
-        kernel = torch.einsum("k,knm->nm", torch.tensor(variances, dtype=torch.float64), similarities)
+        kernel = torch.einsum("k,knm->nm", torch.tensor(variances, dtype=torch.float64), effects)
         inverse = torch.linalg.inv(kernel + noise)
         squares = (inverse @ products @ inverse).diagonal() / inverse.diagonal() ** 2
         return float(squares[perturbed].sum())
 
-    least = torch.zeros(len(similarities))
+    least = torch.zeros(len(effects))
     least[list(BASELINE)] = BASELINE_LEAST
-    variances = [0.3] * len(similarities)
+    variances = [0.3] * len(effects)
     best = error(variances)
     for _ in range(SWEEPS):
         before = best

@@ -101,10 +101,11 @@ def test_the_chosen_variances_leave_out_best_in_truth():
     conditions, values, counts = survey.tensors()
     layout = Layout.of(encoder(), conditions)
     perturbed = conditions[:, :4].sum(1) > 0
-    similarities, rest = layout.similarities(conditions.double(), conditions.double()), values - values.mean(0)
+    exact, rest = conditions.double(), values - values.mean(0)
+    effects = torch.stack(list(layout.effects(exact, exact)))
 
     def left_out(variances):
-        kernel = torch.einsum("k,knm->nm", variances, similarities)
+        kernel = torch.einsum("k,knm->nm", variances, effects)
         total = 0.0
         for row in range(len(rest)):
             others = torch.arange(len(rest)) != row
@@ -112,7 +113,7 @@ def test_the_chosen_variances_leave_out_best_in_truth():
             total += float((kernel[row, others] @ solved - rest[row]).square().sum()) * bool(perturbed[row])
         return total
 
-    chosen = choose_variances(similarities, rest, counts, perturbed)
+    chosen = choose_variances(effects, rest, counts, perturbed)
     best = left_out(chosen)
     assert (chosen[[0, 1, 3, 4]] >= 0.3).all()
     for effect in range(len(chosen)):
@@ -192,7 +193,7 @@ def test_two_covariates_have_effects_of_each_and_of_both():
             for j in range(3)
         ]
     )
-    similarities = Layout.of(both, conditions).similarities(conditions, conditions)
+    similarities = torch.stack(list(Layout.of(both, conditions).effects(conditions, conditions)))
     assert similarities.shape == (3 + 3 * 3, 6, 6)
     assert similarities[3, 0].tolist() == [1, 1, 1, 0, 0, 0]
     assert similarities[6, 0].tolist() == [1, 0, 0, 1, 0, 0]
@@ -212,3 +213,21 @@ def test_so_many_conditions_that_some_choose(monkeypatch):
     monkeypatch.setattr("primeflow_perturbench.cells.means.CHOOSING", 10)
     survey, truth = screen(heldout=[("c", "P+Q")], noise=0.1)
     assert error(ConditionMeans.fit(encoder(), survey), truth, ("c", "P+Q")) < 0.4
+
+
+def test_embeddings_of_another_length_change_nothing():
+    """Variances are in units of a cell's variance, whatever the scale of the embeddings."""
+    plain = ConditionEncoder(3, {"line": ["a", "b"]})
+    generator = torch.Generator().manual_seed(0)
+    embeddings, effect = torch.randn(5, 3, generator=generator), torch.randn(3, GENES, generator=generator)
+
+    def means(scale):
+        survey = ConditionSurvey()
+        for line in range(2):
+            for row in embeddings[:4]:
+                condition = plain(scale * row[None], {"line": torch.eye(2)[[line]]})
+                survey.add(condition.expand(50, -1), (5 + line + row @ effect).expand(50, -1))
+        return ConditionMeans.fit(plain, survey)(plain(scale * embeddings[4:], {"line": torch.eye(2)[[0]]}))
+
+    torch.testing.assert_close(means(1.0), means(10.0), rtol=1e-3, atol=1e-3)
+    assert (means(1.0) - 5).abs().max() > 0.3
