@@ -1,0 +1,85 @@
+"""Memory and time that predicting many cells to disk takes, whatever the network costs.
+
+    python benchmarks/prediction.py
+
+A model with the smallest of networks, so that what is measured is the streaming: 100,000 cells of 18,080 genes of 20
+conditions go to one h5ad file, in a child process. Writes ``benchmarks/results/prediction.json``.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+
+from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
+from primeflow_perturbench.model import PRiMeFlow
+from primeflow_perturbench.networks.mlp import MLP
+
+RESULT = Path(__file__).parent / "results" / "prediction.json"
+CONDITIONS = 20
+
+
+def write_checkpoint(path: Path, n_genes: int) -> None:
+    """A checkpoint of a model that nobody has trained, cut at a limit that leaves about a fifth of the values."""
+    perturbations = [f"P{i}" for i in range(CONDITIONS)]
+    context = {
+        "perturbation_uniques": perturbations,
+        "covariate_uniques": {"cell_type": ["line"]},
+        "perturbation_key": "condition",
+        "covariate_keys": ["cell_type"],
+        "perturbation_combination_delimiter": "+",
+        "perturbation_control_value": "control",
+    }
+    model = PRiMeFlow(
+        n_genes=n_genes,
+        n_perts=CONDITIONS,
+        transform=None,
+        context=context,
+        evaluation=None,
+        gene_names=[f"gene{i}" for i in range(n_genes)],
+        network=partial(MLP, width=8, depth=1, embedding_width=8),
+        solver=ODESolver("euler", steps=1),
+        detection_limit=0.84,
+    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--genes", type=int, default=18_080)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, table, output = (Path(folder) / name for name in ("model.ckpt", "table.csv", "cells.h5ad"))
+        write_checkpoint(checkpoint, chosen.genes)
+        conditions = {"cell_type": "line", "condition": [f"P{i}" for i in range(CONDITIONS)]}
+        pd.DataFrame(conditions).assign(n_cells=chosen.cells // CONDITIONS).to_csv(table, index=False)
+        command = [sys.executable, "-m", "primeflow_perturbench", "predict", f"ckpt_path={checkpoint}"]
+        command += [f"prediction_dataframe_path={table}", f"output_path={output}", f"hydra.run.dir={folder}/run"]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, env=os.environ | {"PRIMEFLOW_BENCHMARK": "embedded"})
+        result = {
+            "cells": chosen.cells,
+            "genes": chosen.genes,
+            "seconds": round(time.perf_counter() - start, 1),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+            "file_gib": round(output.stat().st_size / 2**30, 2),
+        }
+    write_json(RESULT, result | {"hardware": hardware(), "versions": versions(), "commit": commit()})
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
