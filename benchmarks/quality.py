@@ -28,6 +28,10 @@ RESULTS = Path(__file__).parent / "results"
 CELLS = 1000
 NETWORKS = {
     "U-Net of patches, 64 channels": ["model/network=unet_patches_small"],
+    "U-Net of patches of 16 genes, 64 channels": [
+        "model/network=unet_patches_small",
+        "model.network.genes.patch=16",
+    ],
     "U-Net of patches, genes ordered by correlation": [
         "model/network=unet_patches_small",
         "model.network.genes.order=correlation",
