@@ -10,6 +10,7 @@ again, so that the command goes on where it was stopped.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -71,12 +72,12 @@ def measure(cells: Path, split: Path, runs: Path, steps: int, seeds: list[int], 
                 f"model.cells_per_condition={CELLS}",
                 "model.solver.steps=5",
             ]
-            first = runs / f"{name.replace(' ', '_')}_{steps}_{seed}"
+            first = runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}_{steps}_{seed}"
             scores = {"calibrated": run(first, settings)}
             for test, changes in TESTS.items():
                 if changes:
-                    again = ["train=false", f"ckpt_path='{first / 'checkpoints' / 'last.ckpt'}'"]
-                    folder = first.with_name(f"{first.name}_{test.replace(' ', '_')}")
+                    again = ["train=false", f"ckpt_path={first / 'checkpoints' / 'last.ckpt'}"]
+                    folder = first.with_name(f"{first.name}_{test.replace(' ', '-')}")
                     scores[test] = run(folder, [*settings, *again, *changes])
             for test, found in scores.items():
                 rows.setdefault(f"{name}, {test}", {})[str(seed)] = {metric: found[metric] for metric in METRICS}
