@@ -70,6 +70,7 @@ def measure(cells: Path, split: Path, runs: Path, steps: int, seeds: list[int], 
                 f"trainer.max_steps={steps}",
                 "model.calibrate=true",
                 f"model.cells_per_condition={CELLS}",
+                f"model.calibration_cells={CELLS}",
                 "model.solver.steps=5",
             ]
             first = runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}_{steps}_{seed}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from primeflow_perturbench.benchmark import load
 from primeflow_perturbench.cells.batch_size import BatchSize
-from primeflow_perturbench.cells.calibration import REFERENCE, calibrated
+from primeflow_perturbench.cells.calibration import calibrated
 from primeflow_perturbench.cells.condition import ConditionEncoder
 from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
 from primeflow_perturbench.cells.gene_knowledge import tell_genes, wants_cells
@@ -66,6 +66,9 @@ class PRiMeFlow(PerturbationModel):
         Whether the cells of a condition are moved to the mean that a linear mixed model of the training conditions
         predicts for it, see `cells.calibration` and `cells.means`. Training learns that model in any case where this
         is set, and cannot do so afterwards.
+    calibration_cells
+        The first cells of each condition that say how far it is to be moved; they are generated also where fewer are
+        asked for.
     cells_per_condition
         Cells to generate for each condition; ``None`` generates one a row of the host's table.
     sample_batch_size
@@ -107,6 +110,7 @@ class PRiMeFlow(PerturbationModel):
         solver: ODESolver | None = None,
         detection_limit: float | Literal["learnt", "none"] | None = "learnt",
         calibrate: bool = False,
+        calibration_cells: int = 1000,
         cells_per_condition: int | None = None,
         sample_batch_size: int | Literal["auto"] = 256,
         compile: bool = False,
@@ -123,6 +127,8 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"guidance {guidance} needs a null condition: train with condition_dropout above 0")
         if cells_per_condition is not None and cells_per_condition < 1:
             raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
+        if calibration_cells < 1:
+            raise InputError(f"calibration_cells must be at least 1, got {calibration_cells}")
         if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
             raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
         if isinstance(detection_limit, float | int) and not detection_limit >= 0:
@@ -163,7 +169,7 @@ class PRiMeFlow(PerturbationModel):
         self.cells_per_condition, self.sample_batch_size = cells_per_condition, BatchSize(sample_batch_size)
         self._evaluation = CompiledEvaluation() if compile else evaluate
         self.detection_limit = None if detection_limit == "none" else detection_limit
-        self.calibrate = calibrate
+        self.calibrate, self.calibration_cells = calibrate, calibration_cells
         self.learnt_detection_limit: float | None = None
         self.means: ConditionMeans | None = None
 
@@ -286,8 +292,8 @@ class PRiMeFlow(PerturbationModel):
         limit, generator = self._limit(), self._cell_generator()
         condition = condition.to(self.device)
         if self.calibrate:
-            raw = generator.stream(condition, np.maximum(counts, REFERENCE))
-            blocks = calibrated(raw, counts, self._means()(condition).cpu(), limit)
+            raw = generator.stream(condition, np.maximum(counts, self.calibration_cells))
+            blocks = calibrated(raw, counts, self._means()(condition).cpu(), limit, self.calibration_cells)
         else:
             blocks = generator.stream(condition, counts, partial(decode_expression, detection_limit=limit))
         for row, first, cells in blocks:

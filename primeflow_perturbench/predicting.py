@@ -53,6 +53,7 @@ SAMPLING = (
     "sample_batch_size",
     "detection_limit",
     "calibrate",
+    "calibration_cells",
     "compile",
 )
 
@@ -258,7 +259,7 @@ def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
         "solver": asdict(model.solver),
         "guidance_interval": list(model.guidance_interval),
         "detection_limit": model.learnt_detection_limit if learnt else model.detection_limit,
-        "calibrate": model.calibrate,
+        "calibration_cells": model.calibration_cells if model.calibrate else None,
         "precision": precision,
     }
 

@@ -121,7 +121,7 @@ def test_every_model_is_tested(model, tmp_path, screen_path):
         "test=true",
     ]
     if model not in BASELINES:
-        overrides += ["model.solver.steps=1"]
+        overrides += ["model.solver.steps=1", "model.calibration_cells=32"]
     done = train(compose(*overrides, folder=tmp_path))
     assert done["model"].summary_metrics.notna().all().all()
 

@@ -167,6 +167,7 @@ def test_the_keys_of_every_model_config_are_parameters(name):
         ({"guidance": -1.0}, "guidance must be at least 0, got -1.0"),
         ({"guidance": 2.0, "condition_dropout": 0.0}, "guidance 2.0 needs a null condition"),
         ({"guidance": 0.0, "condition_dropout": 0.0}, "guidance 0.0 needs a null condition"),
+        ({"calibration_cells": 0}, "calibration_cells must be at least 1, got 0"),
         ({"cells_per_condition": 0}, "cells_per_condition must be at least 1, got 0"),
         ({"detection_limit": "learned"}, "must be 'learnt', 'none' or a number, got 'learned'"),
     ],
@@ -494,7 +495,7 @@ def test_a_checkpoint_can_be_asked_for_other_sampling(trained):
 
 
 def test_calibrated_cells_have_the_means_of_the_linear_model_and_a_checkpoint_keeps_them(tmp_path, screen_path):
-    run = train(compose(tmp_path, screen_path, "model.calibrate=true"))
+    run = train(compose(tmp_path, screen_path, "model.calibrate=true", "model.calibration_cells=256"))
     loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
     dataset = run["datamodule"].train_iterator
     cells = dataset[list(range(len(dataset)))]

@@ -16,9 +16,6 @@ from torch import Tensor
 from primeflow_perturbench.cells.decoding import decode_expression
 from primeflow_perturbench.cells.generation import Block
 
-# The first cells of a condition, which find the shift. They are generated also where fewer are asked for, so that a
-# cell does not depend on how many.
-REFERENCE = 256
 # Halvings of an interval of some log1p units: to 1e-6.
 HALVINGS = 24
 
@@ -45,27 +42,32 @@ def mean_shift(values: Tensor, target: Tensor, detection_limit: float | None) ->
 
 
 def calibrated(
-    blocks: Iterable[Block], counts: Sequence[int], targets: Tensor, detection_limit: float | None
+    blocks: Iterable[Block], counts: Sequence[int], targets: Tensor, detection_limit: float | None, reference: int
 ) -> Iterator[Block]:
     """Decoded blocks of the first ``counts[row]`` cells of each row, with the mean of ``targets[row]``.
+
+    The first ``reference`` cells of a row find its shift, also where fewer are asked for: a cell does not depend on how
+    many there are. Where more are asked for, their mean keeps the error of a mean of so many cells.
 
     Parameters
     ----------
     blocks
-        ``(row, first, values (n, G))`` before decoding, of `REFERENCE` cells of each row or more, rows in order.
+        ``(row, first, values (n, G))`` before decoding, of ``reference`` cells of each row or more, rows in order.
     counts
         Cells of each row that are asked for, length N.
     targets
         Means, shape (N, G).
     detection_limit
         As in `decode_expression`.
+    reference
+        Cells that find the shift.
     """
     for row, of_row in groupby(blocks, key=itemgetter(0)):
         held, shift = [], None
         for _, first, values in of_row:
             held.append((first, values))
-            if shift is None and first + len(values) >= REFERENCE:
-                known = torch.cat([values for _, values in held])[:REFERENCE]
+            if shift is None and first + len(values) >= reference:
+                known = torch.cat([values for _, values in held])[:reference]
                 shift = mean_shift(known, targets[row], detection_limit)
             if shift is not None:
                 for start, part in held:

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from primeflow_perturbench.cells.calibration import REFERENCE, calibrated, mean_shift
+from primeflow_perturbench.cells.calibration import calibrated, mean_shift
 from primeflow_perturbench.cells.decoding import decode_expression
+
+REFERENCE = 256
 
 
 def values(n=REFERENCE, genes=5, seed=0):
@@ -47,7 +49,7 @@ def test_blocks_of_any_size_give_the_same_cells(size):
     rows = {0: values(REFERENCE + 50), 1: values(REFERENCE, seed=1), 2: values(REFERENCE, seed=2)}
     counts, targets = [REFERENCE + 50, 3, 100], torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) * 2
     cells = {row: [] for row in rows}
-    for row, first, block in calibrated(cut(rows, size), counts, targets, 0.3):
+    for row, first, block in calibrated(cut(rows, size), counts, targets, 0.3, REFERENCE):
         assert first == sum(map(len, cells[row]))
         cells[row].append(block)
     for row, x in rows.items():
