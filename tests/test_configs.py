@@ -19,7 +19,7 @@ BASELINES = ["linear_additive", "latent_additive", "decoder_only"]
 # What keeps a step short; the sizes of the networks stay.
 ONE_STEP = [
     "test=false",
-    "data.loader.batch_size=2",
+    "data.loader.batch_size=16",
     "data.loader.num_workers=0",
     "trainer.max_steps=1",
     "trainer.accumulate_grad_batches=1",
