@@ -1,6 +1,5 @@
 """The command line as a person meets it: tables, files, and one sentence for bad input."""
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -235,16 +234,6 @@ def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
     assert "data.data.filename=" in sentence
 
 
-def interrupt(process) -> str:
-    """Press Ctrl-C, again if it went unheard as Python does in some callbacks of libraries; what was printed."""
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=30)[0]
-    process.kill()
-    return process.communicate()[0]
-
-
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
     """Interrupt in mid-epoch, resume, and end at the step that was asked for."""
     settings = [argument for argument in TINY if not argument.startswith("trainer.")]
@@ -257,12 +246,15 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A suite that runs in the background of a shell hands down that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "a" / "logs" / "metrics.csv"
     deadline = time.monotonic() + 120
     while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    output = interrupt(process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
     checkpoint = tmp_path / "a" / "checkpoints" / "last.ckpt"
     assert process.returncode == 130, output
     assert "ckpt_path=" in output
