@@ -7,9 +7,13 @@ Gaussian process says so in closed form: the mean of a condition is a sum of ind
     context + (context of treated cells) + perturbation + (perturbation in this context),
 
 each normal with a variance of its own, and the mean of n measured cells is off by a normal error of variance 1 / n in
-units of a cell's variance. The effects of two perturbations add. The posterior mean is Henderson's best linear unbiased
-prediction (1975); the variances minimise the leave-one-condition-out error, which has a closed form as well (Rasmussen
-and Williams 2006, eq. 5.12).
+units of a cell's variance in that context. The effects of two perturbations add. The posterior mean is Henderson's best
+linear unbiased prediction (1975); the variances minimise the leave-one-condition-out error, which has a closed form as
+well (Rasmussen and Williams 2006, eq. 5.12).
+
+Programmes of genes differ in what they share: one moves alike in all contexts, another in one of them only. So the
+means are parted along their first principal components, each with variances of its own, and the rest of all genes with
+one more set; leaving out conditions says how many components that is worth.
 """
 
 import math
@@ -29,7 +33,13 @@ VARIANCES = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 BASELINE, BASELINE_LEAST = (0, 1, -3, -2), 0.3
 SWEEPS = 10
 # Conditions that choose the variances; more would cost their number cubed for each that is tried.
-CHOOSING = 1000
+CHOOSING = 300
+# Components that are tried: not more, and each with so many perturbed conditions to choose its variances.
+MOST_COMPONENTS, CONDITIONS_EACH = 8, 15
+# How much better than fewer components more of them must be.
+WORTH = 0.01
+# Cells of the average context that stand beside those of each, where its own say little of how much cells vary.
+PRIOR_CELLS = 20
 
 
 class ConditionSurvey:
@@ -39,25 +49,29 @@ class ConditionSurvey:
         self._row: dict[bytes, int] = {}
         self._conditions: list[Tensor] = []
         self._sums: list[Tensor] = []
+        self._squares: list[float] = []
         self._counts: list[int] = []
 
     def add(self, condition: Tensor, expression: Tensor) -> None:
         """Take in condition vectors (B, C) and expression (B, G)."""
         distinct, inverse = condition.float().cpu().unique(dim=0, return_inverse=True)
-        sums = torch.zeros(len(distinct), expression.shape[1], dtype=torch.float64)
-        sums.index_add_(0, inverse, expression.detach().double().cpu())
-        for vector, total, n in zip(distinct, sums, inverse.bincount().tolist(), strict=True):
-            self._add(vector, total, n)
+        values = expression.detach().double().cpu()
+        sums = torch.zeros(len(distinct), values.shape[1], dtype=torch.float64).index_add_(0, inverse, values)
+        squares = torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, inverse, values.square().sum(1))
+        for found in zip(distinct, sums, squares.tolist(), inverse.bincount().tolist(), strict=True):
+            self._add(*found)
 
-    def _add(self, vector: Tensor, total: Tensor, n: int) -> None:
+    def _add(self, vector: Tensor, total: Tensor, squares: float, n: int) -> None:
         key = vector.numpy().tobytes()
         if key not in self._row:
             self._row[key] = len(self._row)
             self._conditions.append(vector)
             self._sums.append(torch.zeros_like(total))
+            self._squares.append(0.0)
             self._counts.append(0)
         row = self._row[key]
         self._sums[row] += total
+        self._squares[row] += squares
         self._counts[row] += n
 
     @classmethod
@@ -65,16 +79,26 @@ class ConditionSurvey:
         """One survey of the cells of many."""
         whole = cls()
         for survey in surveys:
-            for vector, total, n in zip(survey._conditions, survey._sums, survey._counts, strict=True):
-                whole._add(vector, total, n)
+            found = (survey._conditions, survey._sums, survey._squares, survey._counts)
+            for condition in zip(*found, strict=True):
+                whole._add(*condition)
         return whole
+
+    def _order(self) -> list[int]:
+        return sorted(range(len(self._conditions)), key=lambda row: self._conditions[row].tolist())
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Condition vectors (N, C), mean expression (N, G) and number of cells (N,), ordered by condition vector."""
-        order = sorted(range(len(self._conditions)), key=lambda row: self._conditions[row].tolist())
+        order = self._order()
         counts = torch.tensor(self._counts, dtype=torch.float64)[order]
         means = torch.stack([self._sums[row] for row in order]) / counts[:, None]
         return torch.stack([self._conditions[row] for row in order]), means, counts
+
+    def scatter(self) -> Tensor:
+        """Sum of squared distances (N,) of a condition's cells to their mean, in the order of `tensors`."""
+        _, means, counts = self.tensors()
+        squares = torch.tensor(self._squares, dtype=torch.float64)[self._order()]
+        return (squares - counts * means.square().sum(1)).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -143,25 +167,32 @@ class ConditionMeans:
     ----------
     layout
         Where perturbations and covariates lie in a condition vector.
-    variances
-        Variance of each effect in units of the variance of a cell, shape (K,).
     conditions
         Vectors of the measured conditions, shape (N, C).
+    components
+        Directions of genes with variances of their own, orthonormal, shape (Q, G).
+    variances
+        Variance of each effect, of each component and at last of the rest, in units of the variance of a cell; shape
+        (Q + 1, K).
+    scores
+        What each measured condition contributes to the components, shape (N, Q).
     coefficients
-        What each of them contributes, shape (N, G).
+        What each of them contributes to the rest, shape (N, G).
     centre
         Mean of the measured conditions, shape (G,); that of the null condition.
     """
 
     layout: Layout
-    variances: Tensor
     conditions: Tensor
+    components: Tensor
+    variances: Tensor
+    scores: Tensor
     coefficients: Tensor
     centre: Tensor
 
     @classmethod
     def fit(cls, encoder: ConditionEncoder, survey: ConditionSurvey) -> "ConditionMeans":
-        """Choose the variances and solve for the coefficients.
+        """Choose components and variances and solve for what each condition contributes.
 
         Parameters
         ----------
@@ -174,23 +205,39 @@ class ConditionMeans:
         layout = Layout.of(encoder, conditions)
         centre = means.mean(0)
         exact, rest = conditions.double(), means - centre
+        spread = cell_spread(layout, exact, survey.scatter(), counts)
+        noise = spread / counts
         rows = torch.arange(len(counts))
         if len(counts) > CHOOSING:
             rows = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))[:CHOOSING].sort().values
         effects = torch.stack(list(layout.effects(exact[rows], exact[rows])))
         perturbed = layout.split(conditions)[0].ne(0).any(1)
-        variances = choose_variances(effects, rest[rows], counts[rows], perturbed[rows])
-        kernel = layout.kernel(exact, exact, variances.tolist())
-        coefficients = torch.linalg.solve(kernel + torch.diag(1 / counts), rest)
-        return cls(layout, variances, conditions, coefficients.float(), centre.float())
+        weight = torch.where(perturbed, 1 / spread, 0.0)
+        most = min(MOST_COMPONENTS, int(perturbed[rows].sum()) // CONDITIONS_EACH)
+        directions = torch.linalg.svd(rest / spread.sqrt()[:, None], full_matrices=False).Vh[:most]
+        components, variances = choose_components(effects, rest[rows], noise[rows], weight[rows], directions)
+        scores = rest @ components.T
+        parts = [*scores.T[:, :, None], rest - scores @ components]
+        *solved, coefficients = (
+            torch.linalg.solve(layout.kernel(exact, exact, of_part.tolist()) + torch.diag(noise), part)
+            for of_part, part in zip(variances, parts, strict=True)
+        )
+        scores = torch.cat([scores[:, :0], *solved], dim=1)
+        return cls(
+            layout, conditions, components.float(), variances, scores.float(), coefficients.float(), centre.float()
+        )
 
     def __call__(self, condition: Tensor) -> Tensor:
         """Means (B, G), never negative, of condition vectors (B, C)."""
         here = self.to(condition.device)
         # In full precision also where the network around it computes in half.
         with torch.autocast(condition.device.type, enabled=False):
-            kernel = here.layout.kernel(condition.float(), here.conditions, self.variances.tolist())
-            return (here.centre + kernel @ here.coefficients).clamp(min=0)
+            effects = torch.stack(list(here.layout.effects(condition.float(), here.conditions)))
+            *kernels, rest = torch.einsum("qk,kbn->qbn", here.variances.to(effects), effects)
+            means = here.centre + rest @ here.coefficients
+            for kernel, scores, direction in zip(kernels, here.scores.T, here.components, strict=True):
+                means = means + (kernel @ scores)[:, None] * direction
+            return means.clamp(min=0)
 
     def to(self, device: torch.device) -> "ConditionMeans":
         """The same on a device."""
@@ -215,10 +262,36 @@ class ConditionMeans:
         return cls(**{**state, "layout": Layout(**layout)})
 
 
-def choose_variances(effects: Tensor, means: Tensor, counts: Tensor, perturbed: Tensor) -> Tensor:
-    """Variances (K,) of the effects that predict each perturbed condition best from all others.
+def cell_spread(layout: Layout, conditions: Tensor, scatter: Tensor, counts: Tensor) -> Tensor:
+    """How much cells vary about their condition's mean in the context of each condition (N,), 1 on average.
 
-    Coordinate descent over `VARIANCES`, for the effects of `BASELINE` over those from `BASELINE_LEAST` on.
+    Parameters
+    ----------
+    layout, conditions
+        Condition vectors (N, C) and where their parts lie.
+    scatter
+        Sum of squared distances of each condition's cells to their mean, shape (N,).
+    counts
+        Cells of each condition, shape (N,).
+    """
+    rows: dict[tuple, int] = {}
+    contexts = torch.cat([conditions[:, :0], *layout.split(conditions)[1]], dim=1).tolist()
+    context = torch.tensor([rows.setdefault(tuple(values), len(rows)) for values in contexts])
+    zeros = torch.zeros(len(rows), dtype=scatter.dtype)
+    squares, free = zeros.index_add(0, context, scatter), zeros.index_add(0, context, counts - 1)
+    average = squares.sum() / free.sum().clamp(min=1)
+    if average <= 0:  # one cell a condition, or cells without any noise
+        return torch.ones_like(scatter)
+    spread = ((squares + PRIOR_CELLS * average) / (free + PRIOR_CELLS))[context]
+    return spread / spread.mean()
+
+
+def choose_components(
+    effects: Tensor, means: Tensor, noise: Tensor, weight: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Components (Q, G) with variances of their own, and the variances (Q + 1, K) of each and of the rest.
+
+    The fewest with which the conditions left out are predicted nearly as well as with any number of them.
 
     Parameters
     ----------
@@ -226,18 +299,46 @@ def choose_variances(effects: Tensor, means: Tensor, counts: Tensor, perturbed: 
         How alike the conditions are in each, shape (K, N, N).
     means
         Centred means (N, G).
-    counts
-        Cells of each condition, shape (N,).
-    perturbed
-        Which conditions are to be predicted, shape (N,).
+    noise
+        Variance of the error of each mean, shape (N,).
+    weight
+        What an error of each condition counts, 0 for those that need not be predicted; shape (N,).
+    directions
+        Candidates, orthonormal, the most important first; shape (M, G).
     """
-    products, noise = means @ means.T, torch.diag(1 / counts)
+    products = [score[:, None] * score for score in (means @ directions.T).T]
+    single = [choose_variances(effects, product, noise, weight) for product in products]
+    whole, of_rest, errors = means @ means.T, [], []
+    for q in range(len(directions) + 1):
+        variances, left = choose_variances(effects, whole - sum(products[:q]), noise, weight)
+        of_rest.append(variances)
+        errors.append(left + sum(left for _, left in single[:q]))
+    q = next(q for q, error in enumerate(errors) if error <= (1 + WORTH) * min(errors))
+    return directions[:q], torch.stack([*(variances for variances, _ in single[:q]), of_rest[q]])
+
+
+def choose_variances(effects: Tensor, products: Tensor, noise: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+    """Variances (K,) of the effects that predict each condition best from all others, and the error that is left.
+
+    The error is the sum over conditions of weight times squared distance to what all others say of the mean.
+
+    Coordinate descent over `VARIANCES`, for the effects of `BASELINE` over those from `BASELINE_LEAST` on.
+
+    Parameters
+    ----------
+    effects
+        How alike the conditions are in each, shape (K, N, N).
+    products
+        Inner products of the centred means, shape (N, N).
+    noise, weight
+        As in `choose_components`.
+    """
 
     def error(variances: list[float]) -> float:
         kernel = torch.einsum("k,knm->nm", torch.tensor(variances, dtype=torch.float64), effects)
-        inverse = torch.linalg.inv(kernel + noise)
+        inverse = torch.linalg.inv(kernel + torch.diag(noise))
         squares = (inverse @ products @ inverse).diagonal() / inverse.diagonal() ** 2
-        return float(squares[perturbed].sum())
+        return float((squares * weight).sum())
 
     least = torch.zeros(len(effects))
     least[list(BASELINE)] = BASELINE_LEAST
@@ -254,4 +355,4 @@ def choose_variances(effects: Tensor, means: Tensor, counts: Tensor, perturbed: 
                     variances, best = tried, found
         if best == before:
             break
-    return torch.tensor(variances, dtype=torch.float64)
+    return torch.tensor(variances, dtype=torch.float64), best

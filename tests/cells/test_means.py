@@ -7,6 +7,7 @@ from primeflow_perturbench.cells.means import (
     ConditionMeans,
     ConditionSurvey,
     Layout,
+    cell_spread,
     choose_variances,
 )
 
@@ -86,11 +87,12 @@ def test_the_posterior_is_the_ridge_regression_on_explicit_effects():
         line * treated,
         (line[:, :, None] * p[:, None]).flatten(1),
     ]
-    kept = [(block, variance) for block, variance in zip(blocks, means.variances, strict=True) if variance > 0]
+    kept = [(block, variance) for block, variance in zip(blocks, means.variances[0], strict=True) if variance > 0]
     features = torch.cat([block for block, _ in kept], 1)
     penalty = torch.cat([torch.full((block.shape[1],), 1 / float(v)) for block, v in kept]).double()
     centred = values - values.mean(0)
-    weighted = features.T * counts
+    spread = cell_spread(means.layout, conditions, survey.scatter(), counts)
+    weighted = features.T * counts / spread
     effects = torch.linalg.solve(weighted @ features + torch.diag(penalty), weighted @ centred)
     torch.testing.assert_close(means(conditions).double(), features @ effects + values.mean(0), rtol=0, atol=1e-4)
 
@@ -113,8 +115,9 @@ def test_the_chosen_variances_leave_out_best_in_truth():
             total += float((kernel[row, others] @ solved - rest[row]).square().sum()) * bool(perturbed[row])
         return total
 
-    chosen = choose_variances(effects, rest, counts, perturbed)
+    chosen, error = choose_variances(effects, rest @ rest.T, 1 / counts, perturbed.double())
     best = left_out(chosen)
+    assert error == pytest.approx(best)
     assert (chosen[[0, 1, 3, 4]] >= 0.3).all()
     for effect in range(len(chosen)):
         for value in VARIANCES if effect in (2, 5) else VARIANCES[-4:]:
@@ -122,6 +125,69 @@ def test_the_chosen_variances_leave_out_best_in_truth():
             other[effect] = value
             assert left_out(other) >= best - 1e-9
     assert best < 0.99 * left_out(torch.full_like(chosen, 0.3))
+
+
+def test_cells_of_a_noisy_line_say_less_of_its_means():
+    generator = torch.Generator().manual_seed(0)
+    survey, cells = ConditionSurvey(), {}
+    for line, noise in (("a", 1.0), ("b", 3.0)):
+        for label in ("control", "P"):
+            cells[line, label] = 5 + noise * torch.randn(40, GENES, generator=generator, dtype=torch.float64)
+            for part in cells[line, label].split(7):
+                survey.add(vector(line, label).expand(len(part), -1), part)
+    conditions, _, counts = survey.tensors()
+    scatter = survey.scatter()
+    expected = {key: float(x.var(0, correction=0).sum()) * 40 for key, x in cells.items()}
+    assert sorted(scatter.tolist()) == pytest.approx(sorted(expected.values()))
+    squares = {line: expected[line, "control"] + expected[line, "P"] for line in "ab"}
+    average = sum(squares.values()) / 156
+    raw = {line: (squares[line] + 20 * average) / 98 for line in "ab"}
+    spread = cell_spread(Layout.of(encoder(), conditions), conditions, scatter, counts)
+    ratio = float(spread.max() / spread.min())
+    assert ratio == pytest.approx(raw["b"] / raw["a"])
+    assert ratio > 4
+    assert float(spread.mean()) == pytest.approx(1)
+    assert (spread[(conditions == vector("b", "P")).all(1)] > 1).all()
+
+
+def programmes(seed):
+    """Survey and truth of many perturbations in two lines: one programme of genes is shared, the other a line's own."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"P{i}" for i in range(30)]
+    encode = ConditionEncoder(len(names), {"line": ["a", "b"]})
+    shared, own = torch.randn(30, generator=generator), torch.randn(2, 30, generator=generator)
+    programme = torch.zeros(2, 12)
+    programme[0, :6] = programme[1, 6:] = 0.5
+    survey, heldout = ConditionSurvey(), []
+    for line in range(2):
+        for row in range(-1, 30):
+            hot = torch.eye(30)[[row]] if row >= 0 else torch.zeros(1, 30)
+            condition = encode(hot, {"line": torch.eye(2)[[line]]})
+            mean = 5 + (shared[row] * programme[0] + own[line, row] * programme[1] if row >= 0 else torch.zeros(12))
+            if line == 1 and row >= 20:
+                heldout.append((condition, 5 + shared[row] * programme[0]))
+            else:
+                survey.add(condition.expand(50, -1), mean + 0.3 * torch.randn(50, 12, generator=generator))
+    return encode, survey, heldout
+
+
+def test_programmes_of_genes_share_each_what_it_shares(monkeypatch):
+    """One programme is carried over whole, the other not at all: one set of variances for both cannot do that."""
+
+    def error(most):
+        monkeypatch.setattr("primeflow_perturbench.cells.means.MOST_COMPONENTS", most)
+        found = []
+        for seed in range(3):
+            encode, survey, heldout = programmes(seed)
+            means = ConditionMeans.fit(encode, survey)
+            found += [float((means(condition)[0] - best).square().mean()) for condition, best in heldout]
+        return sum(found), len(means.components)
+
+    parted, components = error(8)
+    together, none = error(0)
+    assert components >= 1
+    assert none == 0
+    assert parted < 0.5 * together
 
 
 def test_the_null_condition_has_the_mean_of_all():
