@@ -1,7 +1,7 @@
 """PRiMeFlow as a PerturBench model: the glue between the host and flow/, networks/ and cells/."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import anndata as ad
@@ -15,14 +15,17 @@ from primeflow_perturbench.benchmark import load
 from primeflow_perturbench.cells.batch_size import BatchSize
 from primeflow_perturbench.cells.calibration import calibrated
 from primeflow_perturbench.cells.condition import ConditionEncoder
+from primeflow_perturbench.cells.control_pool import ControlPool, ControlSurvey
 from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
 from primeflow_perturbench.cells.gene_knowledge import tell_genes, wants_cells
 from primeflow_perturbench.cells.generation import Block, CellGenerator, gather
-from primeflow_perturbench.cells.means import ConditionMeans, ConditionSurvey
+from primeflow_perturbench.cells.marginals import ConditionMarginals, MarginalSurvey
+from primeflow_perturbench.cells.space import GeneSpace, PCASpace, refuse_gene_settings
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.flow.coupling import independent_coupling, optimal_transport_coupling
 from primeflow_perturbench.flow.guidance import check_interval
 from primeflow_perturbench.flow.loss import flow_matching_loss
-from primeflow_perturbench.flow.path import StraightPath
+from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_normal_time, uniform_time
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
@@ -34,6 +37,9 @@ PerturbationModel = load("modelcore.models.PerturbationModel")
 Batch = load("data.types.Batch")
 
 TRAIN, VALIDATE = 0, 1
+COUPLINGS = {"independent": independent_coupling, "ot": optimal_transport_coupling}
+TIME_SAMPLINGS = {"uniform": uniform_time, "logit_normal": logit_normal_time}
+SOURCES = ("gaussian", "control")
 
 
 class PRiMeFlow(PerturbationModel):
@@ -47,10 +53,25 @@ class PRiMeFlow(PerturbationModel):
     n_genes, n_perts, transform, context, evaluation, embedding_width, perturbation_embedding_width, gene_names
         Injected by the host, see its `PerturbationModel`. Cell embeddings are not read.
     network
-        ``(n_genes, condition_width) -> nn.Module``, a velocity network of ``networks/``.
+        ``(n_genes, condition_width) -> nn.Module``, a velocity network of ``networks/``; the coordinates of the space
+        are its genes.
+    space
+        ``(n_genes) -> nn.Module``, the space that the flow works in, see `cells.space`.
+    source
+        Where paths begin: ``"gaussian"`` is standard normal noise, ``"control"`` a control training cell of the same
+        covariates with some noise, see `cells.control_pool`.
+    source_noise
+        Standard deviation of the normal noise on a control cell, in units of the space.
+    source_cells
+        Most control cells that are kept of each combination of covariates.
+    coupling
+        ``"independent"``, or ``"ot"``: the sources of a batch, or of a device's share of it, go to its cells by optimal
+        transport, those of control cells among cells of the same covariates; see `flow.coupling`.
+    time_sampling
+        Distribution of the times that are trained on: ``"uniform"`` or ``"logit_normal"``, see `flow.path`.
     precondition
         Whether the network learns only what a Gaussian of each gene does not already say, see
-        `networks.preconditioning`.
+        `networks.preconditioning`; only from a Gaussian source.
     condition_dropout
         Share of training cells that see the null condition.
     guidance
@@ -63,11 +84,12 @@ class PRiMeFlow(PerturbationModel):
         ``"learnt"`` from the training cells, a number in log1p units, or ``None`` (or ``"none"``) to keep
         all positive values.
     calibrate
-        Whether the cells of a condition are moved to the mean that a linear mixed model of the training conditions
-        predicts for it, see `cells.calibration` and `cells.means`. Training learns that model in any case where this
-        is set, and cannot do so afterwards.
+        ``"mean"``: the cells of a condition are moved to the mean that a linear mixed model of the training conditions
+        predicts for it; ``"marginals"``: to its share of cells that express each gene as well; ``"none"``: they stay,
+        see `cells.calibration` and `cells.marginals`. Training learns the model where this is not "none", and cannot do
+        so afterwards.
     calibration_cells
-        The first cells of each condition that say how far it is to be moved; they are generated also where fewer are
+        The first cells of each condition that say how it is to be moved; they are generated also where fewer are
         asked for.
     cells_per_condition
         Cells to generate for each condition; ``None`` generates one a row of the host's table.
@@ -103,13 +125,19 @@ class PRiMeFlow(PerturbationModel):
         embedding_width: int | None = None,
         perturbation_embedding_width: int | None = None,
         gene_names: Sequence[str] | None = None,
+        space: Callable[[int], nn.Module] = GeneSpace,
+        source: Literal["gaussian", "control"] = "gaussian",
+        source_noise: float = 0.1,
+        source_cells: int = 500,
+        coupling: Literal["independent", "ot"] = "independent",
+        time_sampling: Literal["uniform", "logit_normal"] = "uniform",
         precondition: bool = False,
         condition_dropout: float = 0.2,
         guidance: float = 1.0,
         guidance_interval: Sequence[float] | None = None,
         solver: ODESolver | None = None,
         detection_limit: float | Literal["learnt", "none"] | None = "learnt",
-        calibrate: bool = False,
+        calibrate: Literal["none", "mean", "marginals"] = "none",
         calibration_cells: int = 1000,
         cells_per_condition: int | None = None,
         sample_batch_size: int | Literal["auto"] = 256,
@@ -125,8 +153,23 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"guidance must be at least 0, got {guidance}")
         if guidance != 1 and condition_dropout == 0:
             raise InputError(f"guidance {guidance} needs a null condition: train with condition_dropout above 0")
+        for name, value, known in (
+            ("source", source, SOURCES),
+            ("coupling", coupling, COUPLINGS),
+            ("time_sampling", time_sampling, TIME_SAMPLINGS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if not source_noise >= 0:
+            raise InputError(f"source_noise must be at least 0, got {source_noise}")
+        if source_cells < 1:
+            raise InputError(f"source_cells must be at least 1, got {source_cells}")
+        if source == "control" and precondition:
+            raise InputError("precondition supposes a Gaussian source: set precondition=false, or source=gaussian")
         if cells_per_condition is not None and cells_per_condition < 1:
             raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
+        if calibrate not in ("none", "mean", "marginals"):
+            raise InputError(f"calibrate must be 'none', 'mean' or 'marginals', got {calibrate!r}")
         if calibration_cells < 1:
             raise InputError(f"calibration_cells must be at least 1, got {calibration_cells}")
         if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
@@ -155,14 +198,20 @@ class PRiMeFlow(PerturbationModel):
         self.save_hyperparameters(logger=False)
         self.optimisation = (1e-3 if lr is None else lr, 1e-5 if wd is None else wd, as_plain(lr_scheduler))
         self.gene_names = None if gene_names is None else list(gene_names)
-        self.encoder = ConditionEncoder(self.n_input_perturbation_features, context.get("covariate_uniques") or {})
+        self.covariates = context.get("covariate_uniques") or {}
+        self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates)
+        self.space = space(n_genes)
         # The first weights are the seed's own, whatever the host has drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            self.network = network(n_genes, self.encoder.width)
+            self.network = network(self.space.width, self.encoder.width)
+        if isinstance(self.space, PCASpace):
+            refuse_gene_settings(self.network)
         if precondition:
-            self.network = GaussianPreconditioning(self.network, n_genes)
-        self.path = StraightPath()
+            self.network = GaussianPreconditioning(self.network, self.space.width)
+        self.path, self.coupling, self.time_sampling = StraightPath(), coupling, time_sampling
+        self.source, self.source_noise, self.source_cells = source, source_noise, source_cells
+        self.controls: ControlPool | None = None
         self.solver = solver or ODESolver()
         self.condition_dropout, self.guidance, self.seed = condition_dropout, guidance, seed or 0
         self.guidance_interval = guidance_interval
@@ -171,7 +220,7 @@ class PRiMeFlow(PerturbationModel):
         self.detection_limit = None if detection_limit == "none" else detection_limit
         self.calibrate, self.calibration_cells = calibrate, calibration_cells
         self.learnt_detection_limit: float | None = None
-        self.means: ConditionMeans | None = None
+        self.marginals: ConditionMarginals | None = None
 
     def configure_optimizers(self) -> Any:
         """Adam, with the scheduler of ``lr_scheduler``; one that leaves its length open lasts as long as the run."""
@@ -185,62 +234,76 @@ class PRiMeFlow(PerturbationModel):
         """Look at the training cells once: refuse what is not log1p expression, learn what is not trained."""
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow learns from the training cells before it trains: fit it with a data module")
-        survey, by_condition, cells = self._survey()
+        if self.coupling == "ot":
+            refuse_without_pot()
+        survey, by_condition, cells, controls = self._survey()
         refuse_unusable(survey)
         resumed = self.trainer.ckpt_path is not None and self.learnt_detection_limit is not None
         if not resumed:
-            self._learn(survey, by_condition, cells)
+            self._learn(survey, by_condition, cells, controls)
 
-    def _survey(self) -> tuple[ExpressionSurvey, ConditionSurvey, Tensor | None]:
+    def _survey(self) -> tuple[ExpressionSurvey, MarginalSurvey, Tensor | None, ControlSurvey]:
         """Look at training cells, together with all other processes; by condition only where that is asked for.
 
-        The cells themselves, the first process's first, are kept where the order of the genes needs them.
+        The cells themselves, the first process's first, are kept where the order of the genes or the space needs them;
+        controls where paths begin at them, and then more cells are looked at if need be.
         """
-        survey, by_condition = ExpressionSurvey(), ConditionSurvey()
+        survey, by_condition = ExpressionSurvey(), MarginalSurvey()
+        controls = ControlSurvey(self.encoder.perturbation_width, self.source_cells)
+        most = max(self.KEPT_CELLS if wants_cells(self.network) else 0, self.space.fit_cells)
         kept: list[Tensor] = []
         for batch in self.trainer.datamodule.train_dataloader():
             survey.add(batch.gene_expression)
-            if wants_cells(self.network) and sum(map(len, kept)) < self.KEPT_CELLS:
+            if sum(map(len, kept)) < most:
                 kept.append(batch.gene_expression.cpu())
-            if self.calibrate:
+            if self.calibrate != "none":
                 by_condition.add(self.encoder(batch.perturbations, batch.covariates), batch.gene_expression)
-            if survey.cells * self._world_size >= self.SURVEYED_CELLS:
+            if self.source == "control":
+                controls.add(self.encoder(batch.perturbations, batch.covariates), batch.gene_expression)
+            if survey.cells * self._world_size >= self.SURVEYED_CELLS and controls.complete:
                 break
-        cells = torch.cat(kept)[: self.KEPT_CELLS] if kept else None
+        cells = torch.cat(kept)[:most] if kept else None
         if self._world_size == 1:
-            return survey, by_condition, cells
+            return survey, by_condition, cells, controls
         everyone: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(everyone, (survey, by_condition))
-        surveys, by_conditions = zip(*everyone, strict=True)
+        torch.distributed.all_gather_object(everyone, (survey, by_condition, controls))
+        surveys, by_conditions, of_controls = zip(*everyone, strict=True)
         cells = self.trainer.strategy.broadcast(cells)
-        return ExpressionSurvey.of_all(surveys), ConditionSurvey.of_all(by_conditions), cells
+        whole = ExpressionSurvey.of_all(surveys), MarginalSurvey.of_all(by_conditions)
+        return *whole, cells, ControlSurvey.of_all(of_controls)
 
-    def _learn(self, survey: ExpressionSurvey, by_condition: ConditionSurvey, cells: Tensor | None) -> None:
+    def _learn(
+        self, survey: ExpressionSurvey, by_condition: MarginalSurvey, cells: Tensor | None, controls: ControlSurvey
+    ) -> None:
         """Take from the surveyed training cells what is not trained by gradients."""
         if self.learnt_detection_limit is None:
-            # Weights that have been trained, here or in a checkpoint, belong to the order they were trained in.
+            # Weights that have been trained, here or in a checkpoint, belong to what they were trained in.
             annotated = getattr(self.trainer.datamodule, "adata", None)
-            tell_genes(self.network, self.gene_names, cells, None if annotated is None else annotated.var)
+            first = None if cells is None else cells[: self.KEPT_CELLS]
+            tell_genes(self.network, self.gene_names, first, None if annotated is None else annotated.var)
+            self.space.fit(survey, cells)
         self.learnt_detection_limit = learn_detection_limit(survey)
-        if self.calibrate:
-            self.means = ConditionMeans.fit(self.encoder, by_condition)
+        if self.calibrate != "none":
+            self.marginals = ConditionMarginals.fit(self.encoder, by_condition)
         if isinstance(self.network, GaussianPreconditioning):
-            self.network.set_statistics(survey.mean, survey.std)
+            self.network.set_statistics(*self.space.statistics(survey, cells))
+        if self.source == "control":
+            self.controls = ControlPool.of(controls, lambda x: self.space.encode(x.to(self.device)), self.covariates)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
-        noise = self._noise(batch.gene_expression, TRAIN, self.current_epoch, batch_idx)
         condition = self.encoder(batch.perturbations, batch.covariates)
+        sample, noise = self._sample(batch.gene_expression, condition, TRAIN, self.current_epoch, batch_idx)
         condition = self.encoder.drop(condition, noise.chance < self.condition_dropout)
-        loss = self._loss(batch.gene_expression, condition, noise) * self._share(len(condition))
+        loss = flow_matching_loss(self.velocity, sample, condition) * self._share(len(condition))
         self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch without dropout, with the same noise in every epoch."""
-        noise = self._noise(batch.gene_expression, VALIDATE, 0, batch_idx)
         condition = self.encoder(batch.perturbations, batch.covariates)
-        loss = self._loss(batch.gene_expression, condition, noise)
+        sample, _ = self._sample(batch.gene_expression, condition, VALIDATE, 0, batch_idx)
+        loss = flow_matching_loss(self.velocity, sample, condition)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
@@ -248,12 +311,22 @@ class PRiMeFlow(PerturbationModel):
         """Velocity (B, G) of the network at points (B, G), times (B,) and conditions (B, C)."""
         return self._evaluation(self.network, x, t, condition)
 
-    def _loss(self, x_1: Tensor, condition: Tensor, noise: Noise) -> Tensor:
-        return flow_matching_loss(self.velocity, self.path.sample(noise.x_0, x_1, noise.t), condition)
+    def _sample(self, expression: Tensor, condition: Tensor, *stream: int) -> tuple[PathSample, Noise]:
+        """Points on paths to cells (B, G), and all that is random about the batch."""
+        x_1 = self.space.encode(expression)
+        noise = self._noise(x_1, *stream)
+        x_0, groups = noise.x_0, None
+        if self.source == "control":
+            self.controls = self._control_pool().to(x_1.device)
+            groups = self.controls.context_rows(condition)
+            x_0 = self.controls.draw(groups, noise.pick).to(x_1) + self.source_noise * noise.x_0
+        x_0 = x_0[COUPLINGS[self.coupling](x_0, x_1, groups)]
+        return self.path.sample(x_0, x_1, noise.t), noise
 
     def _noise(self, x_1: Tensor, *stream: int) -> Noise:
         """Noise of one batch: a restarted run draws what an unbroken one would have drawn."""
-        return batch_noise(x_1, [self.seed % 2**32, *stream], self.global_rank, self._world_size)
+        time = TIME_SAMPLINGS[self.time_sampling]
+        return batch_noise(x_1, [self.seed % 2**32, *stream], self.global_rank, self._world_size, time)
 
     @property
     def _world_size(self) -> int:
@@ -279,7 +352,8 @@ class PRiMeFlow(PerturbationModel):
         Raises
         ------
         InputError
-            If the limit is to be learnt and is not, or the network gives values that are not finite.
+            If the limit is to be learnt and is not, cells are to start at controls of covariates that have none, or the
+            network gives values that are not finite.
         """
         return gather(condition, self.n_genes, self.stream)
 
@@ -291,11 +365,15 @@ class PRiMeFlow(PerturbationModel):
         """
         limit, generator = self._limit(), self._cell_generator()
         condition = condition.to(self.device)
-        if self.calibrate:
-            raw = generator.stream(condition, np.maximum(counts, self.calibration_cells))
-            blocks = calibrated(raw, counts, self._means()(condition).cpu(), limit, self.calibration_cells)
+        if self.source == "control":
+            self._control_pool().to(self.device).context_rows(condition)
+        if self.calibrate != "none":
+            raw = generator.stream(condition, np.maximum(counts, self.calibration_cells), self.space.decode)
+            means, rates = (part.cpu() for part in self._marginals()(condition, limit or 0.0))
+            known = rates if self.calibrate == "marginals" and limit is not None else None
+            blocks = calibrated(raw, counts, means, known, limit, self.calibration_cells)
         else:
-            blocks = generator.stream(condition, counts, partial(decode_expression, detection_limit=limit))
+            blocks = generator.stream(condition, counts, lambda z: decode_expression(self.space.decode(z), limit))
         for row, first, cells in blocks:
             refuse_diverged(cells)
             yield row, first, cells
@@ -303,14 +381,26 @@ class PRiMeFlow(PerturbationModel):
     def _cell_generator(self) -> CellGenerator:
         return CellGenerator(
             self.velocity,
-            self.n_genes,
+            self.space.width,
             self.encoder.null,
             self.solver,
             guidance=self.guidance,
             seed=self.seed,
             batch_size=self.sample_batch_size,
             guidance_interval=self.guidance_interval,
+            source=None if self.source == "gaussian" else self._start_at_controls,
         )
+
+    def _start_at_controls(self, condition: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Controls (n, W) with noise, of the covariates of a condition vector (C,)."""
+        pool = self._control_pool().to(torch.device("cpu"))
+        pick, noise = torch.rand(n, generator=generator), torch.randn(n, self.space.width, generator=generator)
+        return pool.draw(pool.context_rows(condition[None]).expand(n), pick) + self.source_noise * noise
+
+    def _control_pool(self) -> ControlPool:
+        if self.controls is None:
+            raise InputError("source=control begins at control cells that are kept in training: train first")
+        return self.controls
 
     def _limit(self) -> float | None:
         if self.detection_limit != "learnt":
@@ -319,10 +409,10 @@ class PRiMeFlow(PerturbationModel):
             raise InputError("the detection limit is learnt in training: train first, or set detection_limit=none")
         return self.learnt_detection_limit
 
-    def _means(self) -> ConditionMeans:
-        if self.means is None:
-            raise InputError("the means of conditions are learnt in training: train first, or set calibrate=false")
-        return self.means
+    def _marginals(self) -> ConditionMarginals:
+        if self.marginals is None:
+            raise InputError("the means of conditions are learnt in training: train first, or set calibrate=none")
+        return self.marginals
 
     def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
         """Generated cells of a batch, ``cells_per_condition`` of each condition where that is set."""
@@ -344,19 +434,23 @@ class PRiMeFlow(PerturbationModel):
         return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the detection limit beside what the host keeps."""
+        """Keep what is learnt without gradients beside what the host keeps."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["primeflow"] = {"detection_limit": self.learnt_detection_limit}
-        if self.means is not None:
-            checkpoint["primeflow"]["means"] = self.means.state()
+        if self.controls is not None:
+            checkpoint["primeflow"]["controls"] = self.controls.state()
+        if self.marginals is not None:
+            checkpoint["primeflow"]["marginals"] = self.marginals.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the detection limit back."""
+        """Take what is learnt without gradients back."""
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("primeflow", {})
         self.learnt_detection_limit = kept.get("detection_limit")
-        if "means" in kept:
-            self.means = ConditionMeans.from_state(kept["means"])
+        if "controls" in kept:
+            self.controls = ControlPool.from_state(kept["controls"])
+        if "marginals" in kept:
+            self.marginals = ConditionMarginals.from_state(kept["marginals"])
 
 
 def refuse_unusable(survey: ExpressionSurvey) -> None:
@@ -373,6 +467,12 @@ def refuse_unusable(survey: ExpressionSurvey) -> None:
             f"the training cells hold whole numbers up to {survey.largest:.0f}, which look like raw counts, but "
             "PRiMeFlow models log1p expression; run sc.pp.normalize_total and sc.pp.log1p first"
         )
+
+
+def refuse_without_pot() -> None:
+    """Raise `InputError` if the library of optimal transport is not installed."""
+    if find_spec("ot") is None:
+        raise InputError("coupling=ot needs the library POT: pip install 'primeflow-perturbench[ot]'")
 
 
 def refuse_diverged(cells: Tensor) -> None:

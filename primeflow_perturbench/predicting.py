@@ -259,7 +259,8 @@ def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
         "solver": asdict(model.solver),
         "guidance_interval": list(model.guidance_interval),
         "detection_limit": model.learnt_detection_limit if learnt else model.detection_limit,
-        "calibration_cells": model.calibration_cells if model.calibrate else None,
+        "calibrate": model.calibrate,
+        "calibration_cells": model.calibration_cells if model.calibrate != "none" else None,
         "precision": precision,
     }
 

@@ -167,6 +167,7 @@ def test_the_keys_of_every_model_config_are_parameters(name):
         ({"guidance": -1.0}, "guidance must be at least 0, got -1.0"),
         ({"guidance": 2.0, "condition_dropout": 0.0}, "guidance 2.0 needs a null condition"),
         ({"guidance": 0.0, "condition_dropout": 0.0}, "guidance 0.0 needs a null condition"),
+        ({"calibrate": True}, "calibrate must be 'none', 'mean' or 'marginals', got True"),
         ({"calibration_cells": 0}, "calibration_cells must be at least 1, got 0"),
         ({"cells_per_condition": 0}, "cells_per_condition must be at least 1, got 0"),
         ({"detection_limit": "learned"}, "must be 'learnt', 'none' or a number, got 'learned'"),
@@ -494,8 +495,9 @@ def test_a_checkpoint_can_be_asked_for_other_sampling(trained):
     assert not torch.equal(guided.predict(batch), reload(path).predict(batch))
 
 
-def test_calibrated_cells_have_the_means_of_the_linear_model_and_a_checkpoint_keeps_them(tmp_path, screen_path):
-    run = train(compose(tmp_path, screen_path, "model.calibrate=true", "model.calibration_cells=256"))
+@pytest.mark.parametrize("calibrate", ["mean", "marginals"])
+def test_calibrated_cells_have_the_predicted_marginals_and_a_checkpoint_keeps_them(tmp_path, screen_path, calibrate):
+    run = train(compose(tmp_path, screen_path, f"model.calibrate={calibrate}", "model.calibration_cells=256"))
     loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
     dataset = run["datamodule"].train_iterator
     cells = dataset[list(range(len(dataset)))]
@@ -504,14 +506,29 @@ def test_calibrated_cells_have_the_means_of_the_linear_model_and_a_checkpoint_ke
     most = distinct[counts.argmax()][None]
     # Where many cells were measured the predicted mean is near theirs, and so is that of as many generated ones.
     measured = cells.gene_expression[(vectors == most).all(1)].mean(0)
-    assert torch.equal(loaded.means(most), run["model"].means(most))
-    assert (loaded.means(most)[0] - measured).abs().max() < 0.15
+    limit = loaded.learnt_detection_limit
+    (mean,), (rate,) = loaded.marginals(most, limit)
+    assert torch.equal(mean, run["model"].marginals(most, limit)[0][0])
+    assert (mean - measured).abs().max() < 0.15
     generated = loaded.generate(most.expand(256, -1))
-    assert (generated.mean(0) - loaded.means(most)[0]).abs().max() < 0.02
+    assert (generated.mean(0) - mean).abs().max() < 0.02
+    zeros = ((generated > 0).float().mean(0) - rate).abs().max()
+    assert zeros < 0.003 if calibrate == "marginals" else zeros > 0.05
     # Few cells are the first of many.
     assert torch.equal(loaded.generate(most.expand(3, -1)), generated[:3])
-    loaded.calibrate = False
-    assert (loaded.generate(most.expand(256, -1)).mean(0) - loaded.means(most)[0]).abs().max() > 0.2
+    loaded.calibrate = "none"
+    assert (loaded.generate(most.expand(256, -1)).mean(0) - mean).abs().max() > 0.2
+
+
+def test_without_a_detection_limit_marginals_are_means(tmp_path, screen_path):
+    """Who wants no zeros gets none."""
+    train(compose(tmp_path, screen_path, "model.calibrate=marginals", "model.calibration_cells=64"))
+    loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
+    loaded.detection_limit = None
+    condition = loaded.encoder.null[None].expand(64, -1)
+    both = loaded.generate(condition)
+    loaded.calibrate = "mean"
+    assert torch.equal(loaded.generate(condition), both)
 
 
 def test_calibration_needs_a_training_that_learnt_the_means(trained):
@@ -520,9 +537,9 @@ def test_calibration_needs_a_training_that_learnt_the_means(trained):
         evaluation=None,
         map_location="cpu",
         weights_only=False,
-        calibrate=True,
+        calibrate="mean",
     )
-    with pytest.raises(InputError, match="learnt in training: train first, or set calibrate=false"):
+    with pytest.raises(InputError, match="learnt in training: train first, or set calibrate=none"):
         model.predict(next(iter(trained[0]["datamodule"].val_dataloader())))
 
 

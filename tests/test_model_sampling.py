@@ -1,6 +1,7 @@
 """Settings of the model that say how it is sampled and compiled."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,6 @@ def test_training_is_compiled_too():
             return network(x, t, condition)
 
     model._evaluation = Watched()
-    noise = model._noise(torch.rand(4, len(GENES)), 0, 0, 0)
-    model._loss(torch.rand(4, len(GENES)), torch.rand(4, model.encoder.width), noise)
+    batch = SimpleNamespace(gene_expression=torch.rand(4, len(GENES)), perturbations=torch.rand(4, 2), covariates=None)
+    model.training_step(batch, 0)
     assert seen == [model.network]

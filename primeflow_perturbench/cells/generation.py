@@ -14,16 +14,17 @@ from primeflow_perturbench.flow.guidance import Velocity, guide_within
 from primeflow_perturbench.flow.sampling import ODESolver
 
 Finish = Callable[[Tensor], Tensor]
+Source = Callable[[Tensor, int, torch.Generator], Tensor]
 Block = tuple[int, int, Tensor]
 
 
 class Tile(NamedTuple):
-    """``n`` cells of the condition in row ``row``, from its cell ``first`` on, and their noise (TILE, G)."""
+    """``n`` cells of the condition in row ``row``, from its cell ``first`` on, and where they start, (TILE, G)."""
 
     row: int
     first: int
     n: int
-    noise: Tensor
+    x_0: Tensor
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -92,6 +93,9 @@ class CellGenerator:
         How many tiles share a forward on an accelerator; what it learns of the memory there stays in it.
     guidance_interval
         Times ``[lo, hi]`` of guidance, see `flow.guidance.guide_within`.
+    source
+        ``(condition (C,), n, generator) -> x_0 (n, G)`` on the CPU, where n cells of a condition start; ``None`` is
+        standard normal noise.
     """
 
     def __init__(
@@ -104,11 +108,13 @@ class CellGenerator:
         seed: int = 0,
         batch_size: BatchSize | None = None,
         guidance_interval: Sequence[float] = (0.0, 1.0),
+        source: Source | None = None,
     ):
         self.pieces = guide_within(velocity, null_condition, guidance, guidance_interval)
         self.null_condition = null_condition
         self.n_genes, self.solver, self.seed = n_genes, solver, seed
         self.batch_size = batch_size or BatchSize()
+        self.source = source or self._noise
 
     def generate(self, condition: Tensor, finish: Finish = unchanged) -> Tensor:
         """Cells (N, G) on the CPU, in the order of the rows of ``condition`` (N, C).
@@ -161,7 +167,7 @@ class CellGenerator:
     def _integrate(self, batch: list[Tile], condition: Tensor, finish: Finish) -> HostCopy | None:
         """Cells of tiles, integrated together; ``None`` where the device has too little memory for them."""
         try:
-            x = to_device(torch.cat([tile.noise for tile in batch]), condition.device)
+            x = to_device(torch.cat([tile.x_0 for tile in batch]), condition.device)
             repeated = torch.cat([condition[tile.row].expand(TILE, -1) for tile in batch])
             for start, end, velocity in self.pieces:
 
@@ -179,8 +185,12 @@ class CellGenerator:
         for row, (vector, n) in enumerate(zip(condition.cpu(), counts, strict=True)):
             generator = condition_generator(self.seed, vector)
             for first in range(0, int(n), TILE):
-                noise = torch.randn(TILE, self.n_genes, generator=generator)
-                yield Tile(row, first, min(TILE, int(n) - first), noise)
+                x_0 = self.source(vector, TILE, generator)
+                yield Tile(row, first, min(TILE, int(n) - first), x_0)
+
+    def _noise(self, condition: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise (n, G)."""
+        return torch.randn(n, self.n_genes, generator=generator)
 
     def _together(self, device: torch.device) -> int:
         """How many tiles share a forward."""

@@ -52,13 +52,23 @@ class GeneTokens(nn.Module):
     initial_vectors
         File of vectors that tell what genes have in common. It is not read here, but by
         `cells.gene_knowledge` before training, which hands the vectors to `set_gene_vectors`.
+    gene_embedding
+        Whether each gene has an embedding of its own. Without, all share one, so that the network knows a gene by
+        its neighbours alone: what that costs is worth showing.
+
+    Raises
+    ------
+    ValueError
+        If there are initial vectors for embeddings that all genes share.
     """
 
-    def __init__(self, n_genes: int, channels: int, initial_vectors: str | None = None):
+    def __init__(self, n_genes: int, channels: int, initial_vectors: str | None = None, gene_embedding: bool = True):
         super().__init__()
+        if initial_vectors is not None and not gene_embedding:
+            raise ValueError("initial_vectors begin embeddings of each gene, but gene_embedding is false; drop one")
         self.length, self.initial_vectors = n_genes, initial_vectors
         self.value = nn.Parameter(torch.randn(channels))
-        self.embedding = nn.Parameter(torch.randn(channels, n_genes))
+        self.embedding = nn.Parameter(torch.randn(channels, n_genes if gene_embedding else 1))
         self.read_out = nn.Sequential(
             read_out_norm(self.length, channels), nn.SiLU(), zero_initialised(nn.Conv1d(channels, 1, 3, padding=1))
         )

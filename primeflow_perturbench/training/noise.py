@@ -1,6 +1,6 @@
 """Randomness of training that is the same on any number of devices, and after a restart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +24,23 @@ class Noise:
         Times, shape (B,).
     chance
         Uniform on [0, 1), shape (B,); decides on condition dropout.
+    pick
+        Uniform on [0, 1), shape (B,); decides which control cell a path begins at, where paths begin at such.
     """
 
     x_0: Tensor
     t: Tensor
     chance: Tensor
+    pick: Tensor
 
 
-def batch_noise(x_1: Tensor, entropy: Sequence[int], rank: int = 0, world: int = 1) -> Noise:
+def batch_noise(
+    x_1: Tensor,
+    entropy: Sequence[int],
+    rank: int = 0,
+    world: int = 1,
+    time: Callable[[Tensor, torch.Generator], Tensor] = uniform_time,
+) -> Noise:
     """Noise for the cells ``x_1`` (B, G) that one of ``world`` devices holds of a batch.
 
     The k-th cell of device r is number ``r + k world`` of the batch, as PyTorch's `DistributedSampler` deals
@@ -46,6 +55,8 @@ def batch_noise(x_1: Tensor, entropy: Sequence[int], rank: int = 0, world: int =
         Non-negative integers that name the batch, such as seed, epoch and index.
     rank, world
         Number of this device, and of devices.
+    time
+        Draws a time for each row of a tensor.
     """
     last = rank + (len(x_1) - 1) * world
     template = x_1.new_empty(BLOCK, x_1.shape[1])
@@ -54,5 +65,6 @@ def batch_noise(x_1: Tensor, entropy: Sequence[int], rank: int = 0, world: int =
         seed = np.random.SeedSequence([*entropy, block]).generate_state(1)
         generator = torch.Generator(device=x_1.device).manual_seed(int(seed[0]))
         chance = torch.rand(BLOCK, generator=generator, device=x_1.device)
-        drawn.append((gaussian_source(template, generator), uniform_time(template, generator), chance))
+        x_0, t = gaussian_source(template, generator), time(template, generator)
+        drawn.append((x_0, t, chance, torch.rand(BLOCK, generator=generator, device=x_1.device)))
     return Noise(*(torch.cat(parts)[rank : last + 1 : world] for parts in zip(*drawn, strict=True)))

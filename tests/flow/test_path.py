@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
+from primeflow_perturbench.flow.path import StraightPath, gaussian_source, logit_normal_time, uniform_time
 
 N_CELLS, N_GENES = 6, 4
 
@@ -77,7 +77,7 @@ def test_shapes_that_do_not_fit_are_refused(shape_0, shape_1, shape_t):
         StraightPath().sample(torch.zeros(shape_0), torch.zeros(shape_1), torch.zeros(shape_t))
 
 
-@pytest.mark.parametrize("draw", [gaussian_source, uniform_time])
+@pytest.mark.parametrize("draw", [gaussian_source, uniform_time, logit_normal_time])
 def test_draws_repeat_for_a_seed_and_differ_for_another(draw):
     x_1 = torch.zeros(50, 3)
     first = draw(x_1, seeded(3))
@@ -88,7 +88,7 @@ def test_draws_repeat_for_a_seed_and_differ_for_another(draw):
     assert not torch.equal(first, draw(x_1, generator))
 
 
-@pytest.mark.parametrize("draw", [gaussian_source, uniform_time])
+@pytest.mark.parametrize("draw", [gaussian_source, uniform_time, logit_normal_time])
 def test_a_generator_leaves_the_global_state_alone_and_no_generator_uses_it(draw):
     x_1 = torch.zeros(5, 3)
     before = torch.get_rng_state()
@@ -119,3 +119,15 @@ def test_times_are_uniform_one_a_cell():
     assert t.max() < 1
     deciles = torch.quantile(t, torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     torch.testing.assert_close(deciles, torch.linspace(0.1, 0.9, 9, dtype=torch.float64), rtol=0, atol=0.015)
+
+
+def test_logit_normal_times_have_the_quantiles_of_the_closed_form():
+    t = logit_normal_time(torch.zeros(20_000, 2, dtype=torch.float64), seeded())
+    assert t.shape == (20_000,)
+    assert t.dtype == torch.float64
+    assert t.min() > 0
+    assert t.max() < 1
+    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    expected = torch.special.expit(torch.special.ndtri(levels))
+    assert expected[0] == pytest.approx(0.2173, abs=1e-4)
+    torch.testing.assert_close(torch.quantile(t, levels), expected, rtol=0, atol=0.015)

@@ -43,6 +43,17 @@ def test_gene_tokens_equal_a_loop(n_genes):
             torch.testing.assert_close(tokens[b, :, g], expected)
 
 
+def test_without_gene_embeddings_a_permutation_of_genes_only_permutes_the_tokens():
+    x, order = random(3, 8), torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    shared, own = (randomised(GeneTokens(8, CHANNELS, gene_embedding=given)) for given in (False, True))
+    assert shared.embedding.shape == (CHANNELS, 1)
+    torch.testing.assert_close(shared.tokens(x)[0, :, 5], x[0, 5] * shared.value + shared.embedding[:, 0])
+    assert torch.equal(shared.tokens(x[:, order]), shared.tokens(x)[:, :, order])
+    assert not torch.equal(own.tokens(x[:, order]), own.tokens(x)[:, :, order])
+    with pytest.raises(ValueError, match="initial_vectors begin embeddings of each gene, but gene_embedding is false"):
+        GeneTokens(8, CHANNELS, initial_vectors="esm2.parquet", gene_embedding=False)
+
+
 @pytest.mark.parametrize("n_genes", [1, 5, 8])
 def test_the_read_out_of_gene_tokens_equals_a_loop(n_genes):
     genes = randomised(GeneTokens(n_genes, CHANNELS))

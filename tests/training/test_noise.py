@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
+from primeflow_perturbench.flow.path import logit_normal_time
 from primeflow_perturbench.training.noise import BLOCK, batch_noise
 
 G = 5
@@ -11,7 +13,7 @@ def cells(n):
 
 
 def parts(noise):
-    return noise.x_0, noise.t, noise.chance
+    return noise.x_0, noise.t, noise.chance, noise.pick
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
@@ -41,15 +43,33 @@ def test_the_distributions():
     noise = batch_noise(torch.zeros(20_000, G), [0])
     assert noise.x_0.mean() == pytest.approx(0, abs=0.02)
     assert noise.x_0.std() == pytest.approx(1, abs=0.02)
-    for uniform in (noise.t, noise.chance):
+    for uniform in (noise.t, noise.chance, noise.pick):
         assert ((uniform >= 0) & (uniform < 1)).all()
         assert uniform.mean() == pytest.approx(0.5, abs=0.01)
         assert uniform.var() == pytest.approx(1 / 12, abs=0.002)
-    together = torch.corrcoef(torch.stack([noise.t, noise.chance, noise.x_0[:, 0], noise.x_0[:, 1]]))
-    assert (together - torch.eye(4)).abs().max() < 0.03
+    together = torch.corrcoef(torch.stack([noise.t, noise.chance, noise.pick, noise.x_0[:, 0], noise.x_0[:, 1]]))
+    assert (together - torch.eye(5)).abs().max() < 0.03
 
 
 def test_type_and_device_follow_the_cells():
     noise = batch_noise(torch.zeros(3, G, dtype=torch.float64), [0])
     assert noise.x_0.dtype == torch.float64
     assert noise.x_0.shape == (3, G)
+
+
+def test_a_seed_draws_what_it_has_always_drawn():
+    """A run of an older version goes on with the noise that it would have had."""
+    seed = np.random.SeedSequence([3, 0, 2, 1]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(seed[0]))
+    chance = torch.rand(BLOCK, generator=generator)
+    x_0, t = torch.randn(BLOCK, G, generator=generator), torch.rand(BLOCK, generator=generator)
+    noise = batch_noise(cells(2 * BLOCK), [3, 0, 2])
+    for drawn, expected in ((noise.chance, chance), (noise.x_0, x_0), (noise.t, t)):
+        assert torch.equal(drawn[BLOCK:], expected)
+
+
+def test_another_distribution_of_times_leaves_the_source_and_the_first_chance_alone():
+    uniform, other = batch_noise(cells(9), [0]), batch_noise(cells(9), [0], time=logit_normal_time)
+    assert torch.equal(other.x_0, uniform.x_0)
+    assert torch.equal(other.chance, uniform.chance)
+    assert not torch.equal(other.t, uniform.t)
