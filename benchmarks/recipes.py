@@ -27,22 +27,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 CONDITION_WIDTH = 200
 
 
-def build(recipe: str, n_genes: int):
-    """Network of a recipe, its first weights from seed 0."""
+def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **changed: Any):
+    """Network of a recipe, its first weights from seed 0; ``changed`` replaces numbers of `RECIPES`."""
     import torch
 
     from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
     from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
     from primeflow_perturbench.networks.unet import UNet
 
-    settings = dict(RECIPES[recipe])
+    settings = RECIPES[recipe] | changed
     patch, precondition = settings.pop("patch"), settings.pop("precondition")
 
     def genes(n_genes: int, channels: int):
         return GeneTokens(n_genes, channels) if patch is None else GenePatches(n_genes, channels, patch=patch)
 
     torch.manual_seed(0)
-    network = UNet(n_genes, CONDITION_WIDTH, attention=True, genes=genes, **settings)
+    network = UNet(n_genes, condition_width, attention=True, genes=genes, **settings)
     return GaussianPreconditioning(network, n_genes) if precondition else network
 
 
@@ -53,12 +53,49 @@ def velocity_of(network, compiled: bool):
     return torch.compile(network) if compiled else network
 
 
+def training_step(network, velocity, x_1, condition) -> Callable[[], None]:
+    """A step of training: noise, forward, loss, backward and Adam.
+
+    Parameters
+    ----------
+    network, velocity
+        What is trained, and itself compiled or not.
+    x_1
+        Cells (B, G) on the device.
+    condition
+        Their conditions (B, C).
+    """
+    from primeflow_perturbench.flow.loss import flow_matching_loss
+    from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
+    from primeflow_perturbench.training.optimiser import build_adam
+
+    optimizer = build_adam(network.parameters(), 2e-4, 0.0)
+
+    def step() -> None:
+        sample = StraightPath().sample(gaussian_source(x_1), x_1, uniform_time(x_1))
+        with autocast(x_1.device.type):
+            loss = flow_matching_loss(velocity, sample, condition)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def autocast(device: str):
     """What a run has on the device: bfloat16 where it is multiplied natively, else float32."""
     import torch
 
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bf16()
     return torch.autocast(device, torch.bfloat16, enabled=native)
+
+
+def in_bf16(device: str) -> bool:
+    """Whether `autocast` multiplies in bfloat16 on the device."""
+    import torch
+
+    with autocast(device):
+        return torch.is_autocast_enabled(device)
 
 
 def _cpu_has_bf16() -> bool:
@@ -136,16 +173,21 @@ def fill_in(chosen: argparse.Namespace) -> None:
     chosen.compiled = (["no", "yes"] if on_gpu else ["no"]) if chosen.compiled is None else chosen.compiled
 
 
+def run_job(script: str, options: list[str], job: dict[str, Any]) -> Any:
+    """What a job prints as its last line, run by a script in a process of its own; a failure ends the benchmark."""
+    command = [sys.executable, script, *options, "--job", json.dumps(job)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{job} failed; see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def run_jobs(script: str, chosen: argparse.Namespace, jobs: list[dict[str, Any]]) -> None:
     """Measure each job in a process of its own and write all so far; a job that fails ends the benchmark."""
     runs: list[dict[str, Any]] = []
+    options = ["--device", chosen.device, "--seconds", str(chosen.seconds), "--cells", str(chosen.cells)]
     for job in jobs:
-        options = ["--device", chosen.device, "--seconds", str(chosen.seconds), "--cells", str(chosen.cells)]
-        command = [sys.executable, script, *options, "--job", json.dumps(job)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"{job} failed; see above")
-        for run in json.loads(done.stdout.splitlines()[-1]):
+        for run in run_job(script, options, job):
             runs.append(job | run)
             print(json.dumps(runs[-1]), flush=True)
         record = {

@@ -18,11 +18,12 @@ from recipes import (
     RECIPES,
     PeakMemory,
     arguments,
-    autocast,
     build,
     fill_in,
+    in_bf16,
     run_jobs,
     timed,
+    training_step,
     velocity_of,
 )
 
@@ -34,29 +35,14 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
     """Training steps of a recipe for at least so many seconds, after a warm-up."""
     import torch
 
-    from primeflow_perturbench.flow.loss import flow_matching_loss
-    from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
-    from primeflow_perturbench.training.optimiser import build_adam
-
     peak = PeakMemory(device)
     network = build(job["recipe"], job["genes"]).to(device).train()
-    velocity, optimizer = velocity_of(network, job["compiled"]), build_adam(network.parameters(), 2e-4, 0.0)
     x_1 = torch.rand(cells, job["genes"], device=device)
     condition = torch.eye(CONDITION_WIDTH, device=device)[:1].expand(cells, -1)
-
-    def step() -> None:
-        sample = StraightPath().sample(gaussian_source(x_1), x_1, uniform_time(x_1))
-        with autocast(device):
-            loss = flow_matching_loss(velocity, sample, condition)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
+    step = training_step(network, velocity_of(network, job["compiled"]), x_1, condition)
     for _ in range(WARM_UP if device == "cuda" else 1):
         step()
     times, took = timed(step, seconds, device)
-    with autocast(device):
-        bf16 = torch.is_autocast_enabled(device)
     return [
         {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -64,7 +50,7 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
             "seconds": round(took, 2),
             "cells_per_second": times * cells / took,
             "peak_gib": peak.gib(),
-            "bf16": bf16,
+            "bf16": in_bf16(device),
         }
     ]
 

@@ -95,9 +95,10 @@ class SingleCellPipeline:
                 f"{len(unknown)} perturbations were not seen in training: {', '.join(unknown[:10])}; "
                 "predict perturbations of the training cells, or train with perturbation embeddings"
             )
-        for cell, parts in enumerate(labels):
-            for part in parts:
-                multi_hot[cell, self._perturbation_rows[part]] = 1.0
+        cells = [cell for cell, parts in enumerate(labels) for _ in parts]
+        rows = [self._perturbation_rows[part] for parts in labels for part in parts]
+        # At once: an assignment a cell takes longer than all else in a batch.
+        multi_hot[cells, rows] = 1.0
         return multi_hot if self.perturbation_vectors is None else multi_hot @ self.perturbation_vectors
 
     def _covariate(self, name: str, values) -> Tensor:
