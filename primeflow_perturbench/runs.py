@@ -11,6 +11,7 @@ import anndata as ad
 import hydra
 import lightning as L
 import pandas as pd
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -35,7 +36,17 @@ from primeflow_perturbench.benchmark.embedded.modelcore.models.base import (
 from primeflow_perturbench.benchmark.embedded.modelcore.train import train
 from primeflow_perturbench.data.check import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memory, versions, write_json
+from primeflow_perturbench.leaderboard.record import (
+    commit,
+    data_record,
+    hardware,
+    metrics_record,
+    network_evaluations,
+    peak_memory,
+    split_record,
+    versions,
+    write_json,
+)
 from primeflow_perturbench.leaderboard.references import SplitCells, all_references
 from primeflow_perturbench.leaderboard.table import metrics_table
 
@@ -70,6 +81,7 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if first:
         with replacing(folder / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
+        record |= what_is_run(cfg)
         write_json(folder / "environment.json", record)
     start = time.perf_counter()
     try:
@@ -81,6 +93,9 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         raise SystemExit(INTERRUPTED) from stop
     if not first:
         return None
+    split = folder / "train_test_split.csv"
+    if split.is_file():
+        record["split"] = split_record(split)
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()
@@ -93,6 +108,25 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     save_host_summary(done["model"], folder)
     console.print(f"Everything about this run is in {folder}")
     return summary
+
+
+def what_is_run(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a run's record that says which runs may stand in one table with it, and under which name.
+
+    The name is ``label`` of the settings where there is one (``+label=NAME``), else the choice of the model's group.
+    """
+    chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
+    filename = cfg.data.data.filename
+    adata = read_h5ad(filename, backed=True)
+    cells, genes = adata.shape
+    adata.file.close()
+    return {
+        "label": cfg.get("label") or chosen or cfg.model._target_.rpartition(".")[2],
+        "seed": cfg.get("seed"),
+        "data": data_record(filename, cells, genes),
+        "metrics": metrics_record(OmegaConf.to_container(cfg.data.evaluation.evaluation_pipelines, resolve=True)),
+        "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
+    }
 
 
 def costs(record: dict[str, Any]) -> str:

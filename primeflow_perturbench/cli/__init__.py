@@ -9,6 +9,8 @@ COMMANDS = {
     "predict": "generate the conditions of a table with a trained model",
     "evaluate": "score predicted cells against measured ones, without a model",
     "data": "download the benchmark's data, preprocess counts, check whether a file will train",
+    "sweep": "run many trainings: ablations, leaderboards, searches, on one machine or a cluster",
+    "leaderboard": "make tables, statistics, figures and one page of finished runs",
 }
 
 EXAMPLES = """\
@@ -18,6 +20,7 @@ examples:
   primeflow data download norman19 && primeflow train experiment=primeflow/norman19
   primeflow predict ckpt_path=runs/NAME/checkpoints/last.ckpt prediction_dataframe_path=conditions.csv
   primeflow evaluate predicted.h5ad measured.h5ad --covariate-keys cell_type
+  primeflow sweep experiment=ablation/space seed=0,1,2 && primeflow leaderboard runs/ --output leaderboard
 
 The settings of train and predict are Hydra overrides: --help lists them, --cfg job prints a composed configuration.
 """

@@ -7,17 +7,23 @@ from primeflow_perturbench.cli.common import answering, make_console, quieten_li
 
 
 @hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Run what the settings say."""
+def main(cfg: DictConfig) -> float | None:
+    """Run what the settings say; a sweeper of Hydra's gets the objective of settings that have one."""
     console = make_console()
+    objective = None
 
     def work() -> None:
+        nonlocal objective
         from primeflow_perturbench.runs import train_run
+        from primeflow_perturbench.sweeps.objective import objective_value
 
         quieten_lightning()
-        train_run(cfg, console)
+        summary = train_run(cfg, console)
+        if summary is not None and cfg.get("objective"):
+            objective = objective_value(summary, cfg.objective)
 
     answering(work)
+    return objective
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""What a run leaves behind beside its results: settings, versions, hardware."""
+"""What a run leaves behind beside its results: settings, versions, hardware, and what makes it comparable."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from primeflow_perturbench.benchmark.embedded.files import replacing
+
+# To be raised whenever the same cells would score otherwise.
+METRICS_VERSION = 1
 
 PACKAGES = (
     "primeflow-perturbench",
@@ -74,6 +79,66 @@ def peak_memory() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["device_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return peak
+
+
+def data_record(path: str | Path, cells: int, genes: int) -> dict[str, Any]:
+    """Name, SHA-256 and shape of a data file; the file is read piece by piece."""
+    return {"file": Path(path).name, "sha256": file_hash(path), "cells": cells, "genes": genes}
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def split_record(path: str | Path) -> dict[str, Any]:
+    """Hash and sizes of a saved split, a headerless CSV of cell and split; cells in no split do not count.
+
+    Returns
+    -------
+    ``sha256`` of the sorted "cell,split" lines, ``heldout`` of those of the test cells alone, and the number of cells
+    in "train", "val" and "test".
+    """
+    import pandas as pd  # not at the top: benchmarks need no more than torch and numpy
+
+    table = pd.read_csv(path, header=None, names=["cell", "split"], dtype=str, keep_default_na=False)
+    table = table[table["split"] != ""]
+    lines = table["cell"] + "," + table["split"]
+    sizes = table["split"].value_counts()
+    return {
+        "sha256": _text_hash(sorted(lines)),
+        "heldout": _text_hash(sorted(lines[table["split"] == "test"])),
+        **{name: int(sizes.get(name, 0)) for name in ("train", "val", "test")},
+    }
+
+
+def _text_hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def metrics_record(pipelines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Version of the metrics, and SHA-256 of the JSON of the evaluation pipelines."""
+    text = json.dumps([dict(pipeline) for pipeline in pipelines], sort_keys=True)
+    return {"version": METRICS_VERSION, "pipelines": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def network_evaluations(model: Mapping[str, Any]) -> int | None:
+    """Network evaluations a generated cell of a model's settings, ``None`` without a solver of fixed steps.
+
+    A step costs as many as the solver's order, and twice that where it is guided; guidance 0 and 1 cost nothing.
+    """
+    from primeflow_perturbench.flow.sampling import ODESolver
+
+    settings = {key: value for key, value in (model.get("solver") or {}).items() if key != "_target_"}
+    if not settings:
+        return None
+    solver = ODESolver(**settings)
+    if solver.evaluations is None:
+        return None
+    start, end = model.get("guidance_interval") or (0, 1)
+    guided = 0 if model.get("guidance", 1) in (0, 1) else round(end * solver.steps) - round(start * solver.steps)
+    return solver.evaluations // solver.steps * (solver.steps + guided)
 
 
 def write_json(path: Path, content: Any) -> None:

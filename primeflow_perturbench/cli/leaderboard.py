@@ -1,0 +1,60 @@
+"""``primeflow leaderboard``: tables, statistics, figures and a page of any number of finished runs."""
+
+import argparse
+
+from primeflow_perturbench.cli.common import answering, make_console
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="primeflow leaderboard",
+        description="Collect finished runs of one data set and split into tables (CSV, Markdown, LaTeX), statistics, "
+        "figures and one page, report.html; the same command goes on where it stopped.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold some")
+    parser.add_argument("--output", default="leaderboard", help="folder of the results (default: %(default)s)")
+    parser.add_argument("--title", default="PRiMeFlow leaderboard", help="title of the page (default: %(default)s)")
+    parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (default: the best mean rank)")
+    parser.add_argument(
+        "--published",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="data set whose published figures to show, norman19 or sciplex3 (default: by the name of the data file)",
+    )
+    parser.add_argument(
+        "--figures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="conditions whose cells are drawn, from the best to the worst (default: %(default)s)",
+    )
+    parser.add_argument("--no-figures", action="store_true", help="draw no figure at all")
+    parser.add_argument("--conditions", nargs="+", default=[], metavar="LABEL", help="conditions to draw instead")
+    parser.add_argument(
+        "--models", nargs="+", default=[], metavar="LABEL", help="rows whose cells are drawn (default: the first)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make what the command line asks for."""
+    chosen = parse()
+    console = make_console()
+
+    def work() -> None:
+        from primeflow_perturbench.leaderboard.report import Wishes, make_report
+
+        wishes = Wishes(
+            title=chosen.title,
+            baseline=chosen.baseline,
+            published=chosen.published,
+            figures=0 if chosen.no_figures else chosen.figures,
+            conditions=chosen.conditions,
+            models=chosen.models,
+        )
+        page = make_report(chosen.runs, chosen.output, wishes, console)
+        console.print(f"Tables and figures are beside the page, {page}", highlight=False, markup=False, soft_wrap=True)
+
+    answering(work)

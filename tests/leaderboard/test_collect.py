@@ -1,0 +1,202 @@
+"""Runs are read whole, and those that cannot stand in one table are named."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_runs import METRICS, REFERENCES, scores, settings, write_run
+
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.leaderboard.collect import collect
+
+
+def trial(label, seed=0, status="finished", error=None, **overrides):
+    return {
+        "sweep": "ablation/space",
+        "overrides": overrides,
+        "seed": seed,
+        "label": label,
+        "attempts": 1,
+        "status": status,
+        "error": error,
+    }
+
+
+def test_runs_are_found_at_any_depth_and_once(tmp_path):
+    first = write_run(tmp_path / "a" / "deep" / "run", "one", 0)
+    write_run(tmp_path / "b", "one", 1)
+    found = collect([tmp_path, first, tmp_path / "a"])
+    assert [(run.group, run.label, run.seed) for run in found.runs] == [("runs", "one", 0), ("runs", "one", 1)]
+    assert found.metrics == METRICS
+    assert found.failed == found.unfinished == ()
+
+
+def test_a_run_holds_its_own_scores_apart_from_the_references(tmp_path):
+    mine = scores("PRiMeFlow", offset=0.25)
+    (run,) = collect([write_run(tmp_path / "a", table=mine)]).runs
+    pd.testing.assert_frame_equal(run.scores, mine.drop(columns="model"))
+    assert set(run.references["model"]) == set(REFERENCES)
+    assert run.covariates == ["cell_type"]
+    # Conditions have the values 0, 0.1 ... 1.7.
+    np.testing.assert_allclose(run.means, [0.85 + 0.25] * 3)
+
+
+def test_a_trial_gives_its_sweep_label_and_seed(tmp_path):
+    write_run(tmp_path / "a", "primeflow_fast", 0, trial=trial("space=pca", seed=4))
+    (run,) = collect([tmp_path]).runs
+    assert (run.group, run.label, run.seed) == ("ablation/space", "space=pca", 4)
+    assert run.record["label"] == "primeflow_fast"
+
+
+def test_plain_runs_and_leaderboards_come_before_ablations(tmp_path):
+    for i, sweep in enumerate(["ablation/space", "leaderboard/devel"]):
+        write_run(tmp_path / str(i), trial=trial("x") | {"sweep": sweep})
+    write_run(tmp_path / "plain")
+    assert list(collect([tmp_path]).groups) == ["runs", "leaderboard/devel", "ablation/space"]
+
+
+def test_failed_and_unfinished_runs_are_listed_with_their_reasons(tmp_path):
+    write_run(tmp_path / "good")
+    (write_run(tmp_path / "half") / "table.csv").unlink()
+    broken = write_run(tmp_path / "broken")
+    (broken / "per_condition.parquet").write_bytes(b"no parquet")
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / "trial.json").write_text(json.dumps(trial("space=pca", status="failed", error="out of memory")))
+    found = collect([tmp_path])
+    assert [run.folder.name for run in found.runs] == ["good"]
+    (one,) = found.failed
+    assert (one.group, one.label, one.reason) == ("ablation/space", "space=pca", "out of memory")
+    reasons = {run.folder.name: run.reason for run in found.unfinished}
+    assert "lacks table.csv" in reasons["half"]
+    assert "no parquet" in reasons["broken"]
+    assert len(reasons) == 2
+
+
+def test_a_run_that_only_trained_is_no_row(tmp_path):
+    write_run(tmp_path / "good")
+    shared = write_run(tmp_path / "shared", config=settings() | {"test": False})
+    (shared / "table.csv").unlink()
+    found = collect([tmp_path])
+    assert len(found.runs) == 1
+    assert not found.unfinished
+
+
+def _spoil_value(run, value):
+    table = pd.read_parquet(run / "per_condition.parquet")
+    table.loc[4, "value"] = value
+    table.to_parquet(run / "per_condition.parquet", index=False)
+
+
+def _repeat_row(run):
+    table = pd.read_parquet(run / "per_condition.parquet")
+    pd.concat([table.iloc[[2]], table]).to_parquet(run / "per_condition.parquet", index=False)
+
+
+def _drop_row(run):
+    pd.read_parquet(run / "per_condition.parquet").iloc[1:].to_parquet(run / "per_condition.parquet", index=False)
+
+
+def _without(run, key):
+    record = json.loads((run / "environment.json").read_text())
+    record.pop(key)
+    (run / "environment.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file", "said"),
+    [
+        (lambda run: (run / "table.csv").unlink(), "", "lacks table.csv"),
+        (lambda run: (run / "per_condition.parquet").unlink(), "", "lacks per_condition.parquet"),
+        (lambda run: (run / "environment.json").unlink(), "", "lacks environment.json"),
+        (lambda run: (run / "config.yaml").unlink(), "", "lacks config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml", "no YAML"),
+        (lambda run: (run / "config.yaml").write_text("model: x"), "config.yaml", "data.data_iter_factory"),
+        (lambda run: (run / "environment.json").write_text("{"), "environment.json", "no JSON"),
+        (lambda run: (run / "environment.json").write_text("[]"), "environment.json", "found list"),
+        (lambda run: (run / "per_condition.parquet").write_bytes(b"x"), "per_condition.parquet", "no parquet"),
+        (lambda run: _without(run, "split"), "environment.json", "has no 'split'"),
+        (lambda run: _spoil_value(run, np.nan), "per_condition.parquet", "found nan as mmd_none of alpha_A+C"),
+        (lambda run: _spoil_value(run, np.inf), "per_condition.parquet", "found inf as mmd_none of alpha_A+C"),
+        (_repeat_row, "per_condition.parquet", "mmd_none of alpha_C twice"),
+        (_drop_row, "per_condition.parquet", "17 conditions of mmd_none but 18"),
+    ],
+)
+def test_a_run_named_outright_must_be_whole(tmp_path, spoil, file, said):
+    write_run(tmp_path / "good")
+    odd = write_run(tmp_path / "odd", seed=1)
+    spoil(odd)
+    with pytest.raises(InputError) as error:
+        collect([tmp_path / "good", odd])
+    sentence = str(error.value)
+    assert str(odd / file) in sentence
+    assert said in sentence
+    assert "\n" not in sentence
+    # Found on the way, it is listed and the rest goes on.
+    found = collect([tmp_path])
+    assert [run.folder.name for run in found.runs] == ["good"]
+    assert [run.reason for run in found.unfinished] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"data": "e" * 64}, "the data file"),
+        ({"split": "6" * 64}, "the split"),
+        ({"heldout": "8" * 64}, "the held-out cells"),
+        ({"version": 2}, "the version of the metrics"),
+        ({"pipelines": "b" * 64}, "the evaluation pipelines"),
+    ],
+)
+def test_the_odd_run_is_named(tmp_path, changed, what):
+    for seed in range(3):
+        write_run(tmp_path / f"run{seed}", seed=seed, **(changed if seed == 1 else {}))
+    with pytest.raises(InputError, match=f"run1 differs from the 2 runs like .*run0 in {what}: found .*, expected "):
+        collect([tmp_path])
+
+
+def test_of_two_different_runs_both_are_named(tmp_path):
+    write_run(tmp_path / "a", seed=0)
+    write_run(tmp_path / "b", seed=1, data="e" * 64)
+    with pytest.raises(InputError, match=r"/b differs from \S*/a in the data file: found screen.h5ad eeeeeeeeeeee"):
+        collect([tmp_path])
+
+
+def test_a_run_of_other_conditions_is_odd(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"run{seed}", seed=seed)
+    fewer = scores("PRiMeFlow", conditions=[("alpha", "A"), ("alpha", "B")])
+    write_run(tmp_path / "fewer", seed=2, table=fewer)
+    with pytest.raises(InputError, match="fewer differs .* in the conditions: found 2 from alpha_A to alpha_B"):
+        collect([tmp_path])
+
+
+def test_a_sweep_of_the_training_cells_may_change_them_but_not_the_held_out_ones(tmp_path):
+    for i, split in enumerate(("5", "6")):
+        scaling = trial(f"fraction={i}", **{"data.splitter.downsample_fraction": i})
+        write_run(tmp_path / str(i), trial=scaling, split=split * 64)
+    assert len(collect([tmp_path]).runs) == 2
+    scaling = trial("fraction=3", **{"data.splitter.downsample_fraction": 3})
+    write_run(tmp_path / "3", trial=scaling, heldout="8" * 64)
+    with pytest.raises(InputError, match="3 differs .* in the held-out cells"):
+        collect([tmp_path])
+
+
+def test_two_runs_of_one_label_and_seed_are_refused_unless_they_are_alike(tmp_path):
+    write_run(tmp_path / "a", "one", 0)
+    write_run(tmp_path / "b", "one", 0)
+    assert len(collect([tmp_path]).runs) == 1
+    write_run(tmp_path / "c", "one", 0, table=scores("PRiMeFlow", offset=1))
+    with pytest.raises(InputError, match=r"/a and \S*/c are both 'one' of runs with seed 0"):
+        collect([tmp_path])
+
+
+def test_nothing_to_collect_is_said(tmp_path):
+    with pytest.raises(InputError, match="absent: found nothing, expected a folder"):
+        collect([tmp_path / "absent"])
+    with pytest.raises(InputError, match="found no run"):
+        collect([tmp_path])
+    (write_run(tmp_path / "half") / "table.csv").unlink()
+    with pytest.raises(InputError, match="no finished run but 1 unfinished and 0 failed, .*half lacks table.csv"):
+        collect([tmp_path])
