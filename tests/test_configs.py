@@ -61,6 +61,15 @@ def screen_file(screen: ad.AnnData, folder: Path) -> Path:
     return path
 
 
+# Configurations that leave the file of the split open.
+SAVED_SPLITS = (
+    "data/splitter/saved",
+    "experiment/devel/heldout",
+    "experiment/ablation/suite",
+    "experiment/leaderboard/devel",
+)
+
+
 def compose(*overrides: str, folder: Path, root: str = "train"):
     """Composed configuration that writes to a folder."""
     with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
@@ -85,7 +94,7 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
     given += [f"paths.data_dir={data_folder}"]
     if not named and name != "experiment/quickstart":
         given.append(f"data.data.filename={data_folder / 'screen.h5ad'}")
-    if name in ("data/splitter/saved", "experiment/devel/heldout"):
+    if name in SAVED_SPLITS:
         given.append(f"data.splitter.split_path={data_folder / 'op3_split.csv'}")
     return given
 
