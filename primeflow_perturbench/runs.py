@@ -81,7 +81,6 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if first:
         with replacing(folder / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
-        record |= what_is_run(cfg)
         write_json(folder / "environment.json", record)
     start = time.perf_counter()
     try:
@@ -96,6 +95,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     split = folder / "train_test_split.csv"
     if split.is_file():
         record["split"] = split_record(split)
+    # Not before: the model has refused wrong settings by now.
+    record |= what_is_run(cfg)
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()

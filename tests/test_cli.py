@@ -278,3 +278,18 @@ def test_help_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "primeflow train experiment=quickstart" in done.stdout
+
+
+def test_a_launcher_of_several_processes_repeats_the_subcommand(monkeypatch):
+    """`python -m primeflow_perturbench train` once started its second process without the word train."""
+    from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+
+    from primeflow_perturbench import cli
+    from primeflow_perturbench.cli import train
+
+    repeated = []
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "train", "seed=1"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", cli.__spec__)
+    monkeypatch.setattr(train, "main", lambda: repeated.extend(_basic_subprocess_cmd()))
+    cli.main()
+    assert repeated == [sys.executable, train.__file__, "seed=1"]

@@ -42,6 +42,7 @@ def data_folder(tmp_path_factory, screen_path) -> Path:
     labels = screen.obs["condition"].astype(str)
     screen.obs["SMILES"] = labels.replace("control", "C[S+](C)[O-]").astype("category")
     screen.obs["treatment"] = pd.Categorical(np.where(np.arange(screen.n_obs) % 2, "drug", "none"))
+    screen.obs["target_gene"] = labels.replace("control", "non-targeting").astype("category")
     third = pd.Series(np.arange(screen.n_obs) % 5, index=screen.obs_names)
     split = third.map({0: "val", 1: "test"}).fillna("train")
     names = ["norman19", "sciplex3", "jiang24", "op3", "frangieh21", "mcfaline23_gxe"]
@@ -85,7 +86,7 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
         given = [f"{group}={option}"]
     if not name.startswith(("experiment/", "model/")):
         given.append("model=primeflow_mlp")
-    if name.startswith("experiment/primeflow/") and option != "norman19":
+    if name.startswith(("experiment/primeflow/", "experiment/vcc/")) and option != "norman19":
         # One of these experiments takes its step at full size; the others share its model.
         given.append("model.network.multipliers=[1]")
     if name in [f"model/{baseline}" for baseline in BASELINES]:
