@@ -38,7 +38,12 @@ NETWORKS = {
         "model.network.genes.order=correlation",
     ],
     "residual MLP": ["model/network=residual_mlp"],
+    "residual MLP, logit-normal times": ["model/network=residual_mlp", "model.time_sampling=logit_normal"],
     "transformer over patches": ["model/network=transformer_small"],
+    "transformer over patches, logit-normal times": [
+        "model/network=transformer_small",
+        "model.time_sampling=logit_normal",
+    ],
 }
 # What is not changed is the training's own test.
 TESTS = {
