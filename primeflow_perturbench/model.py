@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import anndata as ad
@@ -29,6 +30,8 @@ from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_norm
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
+from primeflow_perturbench.sharing.folder import load_model, save_model
+from primeflow_perturbench.sharing.sample import sample_conditions
 from primeflow_perturbench.training.noise import Noise, batch_noise
 from primeflow_perturbench.training.optimiser import build_adam
 from primeflow_perturbench.training.schedule import build_schedule
@@ -358,12 +361,13 @@ class PRiMeFlow(PerturbationModel):
         return gather(condition, self.n_genes, self.stream)
 
     @torch.no_grad()
-    def stream(self, condition: Tensor, counts: Sequence[int]) -> Iterator[Block]:
+    def stream(self, condition: Tensor, counts: Sequence[int], seed: int | None = None) -> Iterator[Block]:
         """Generated expression block by block, ``counts`` (N,) cells of condition vectors (N, C).
 
-        The cells are those of `generate`; see `CellGenerator.stream` for the blocks, and `generate` for errors.
+        The cells are those of `generate`, or of another seed where one is given; see `CellGenerator.stream` for the
+        blocks, and `generate` for errors.
         """
-        limit, generator = self._limit(), self._cell_generator()
+        limit, generator = self._limit(), self._cell_generator(seed)
         condition = condition.to(self.device)
         if self.source == "control":
             self._control_pool().to(self.device).context_rows(condition)
@@ -378,14 +382,14 @@ class PRiMeFlow(PerturbationModel):
             refuse_diverged(cells)
             yield row, first, cells
 
-    def _cell_generator(self) -> CellGenerator:
+    def _cell_generator(self, seed: int | None = None) -> CellGenerator:
         return CellGenerator(
             self.velocity,
             self.space.width,
             self.encoder.null,
             self.solver,
             guidance=self.guidance,
-            seed=self.seed,
+            seed=self.seed if seed is None else seed,
             batch_size=self.sample_batch_size,
             guidance_interval=self.guidance_interval,
             source=None if self.source == "gaussian" else self._start_at_controls,
@@ -432,6 +436,89 @@ class PRiMeFlow(PerturbationModel):
             obs.index = [f"{c}_{i}" for c, i in zip(obs["_condition_idx"], position, strict=True)]
         names = self.gene_names or batch.gene_names
         return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
+
+    def sample(
+        self,
+        conditions: pd.DataFrame | Sequence[Mapping[str, Any]],
+        n: int = 100,
+        seed: int | None = None,
+        perturbation_embeddings: pd.DataFrame | None = None,
+    ) -> ad.AnnData:
+        """Generated cells of conditions that need not have been measured.
+
+        Parameters
+        ----------
+        conditions
+            A mapping or a row each, with the perturbation and all covariates by the names of their columns in training;
+            the perturbation may also be called ``perturbation``. Parts of a combination are joined as in training.
+        n
+            Cells of each condition, where it has no ``n_cells`` of its own.
+        seed
+            Seed of these cells; ``None`` is the model's.
+        perturbation_embeddings
+            A row a perturbation, for a model that was trained with embeddings.
+
+        Returns
+        -------
+        Sparse log1p expression, with conditions in ``obs`` and genes in ``var_names``.
+
+        Raises
+        ------
+        InputError
+            If a condition is incomplete, or has a label that was not seen in training.
+        """
+        return sample_conditions(self, conditions, n, seed, perturbation_embeddings)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        license: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the model as a folder to share: ``model.safetensors``, ``config.json`` and a ``README.md``.
+
+        The folder has its name once it is whole.
+
+        Parameters
+        ----------
+        folder
+            Where to; there must be none, unless ``overwrite`` allows that another model's is replaced.
+        overwrite
+            Whether a folder of a shared model may be replaced.
+        license
+            Identifier of the licence, such as ``bsd-3-clause``.
+        data
+            Name, hash and the like of the training data.
+        metrics
+            Numbers by name that tell how good the model is.
+
+        Raises
+        ------
+        InputError
+            If the folder may not be replaced, or a setting is no plain value and no class of this package.
+        """
+        save_model(self, folder, overwrite, license, data, metrics)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "PRiMeFlow":
+        """A model that `save_pretrained` wrote, in evaluation mode; nothing that it holds can run code.
+
+        Parameters
+        ----------
+        name
+            Folder, or ``owner/name`` of a model on the Hugging Face hub.
+        revision
+            Branch, tag or commit on the hub; ``None`` is the main branch.
+
+        Raises
+        ------
+        InputError
+            If there is no such model, or its files are damaged or not what `save_pretrained` writes.
+        """
+        return load_model(cls, name, revision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learnt without gradients beside what the host keeps."""

@@ -31,10 +31,12 @@ from primeflow_perturbench.cells.writing import (
     write_file,
     write_files,
 )
+from primeflow_perturbench.challenge.output import ChallengeOutput, challenge_settings
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.resolvers import best_precision
+from primeflow_perturbench.sharing.folder import build, read_shared
 
 # Type that a precision of Lightning's computes matrix products in, `None` for that of the weights.
 PRECISIONS = {
@@ -87,11 +89,14 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
         return predict_from_controls(cfg, run, console)
     output, device, precision = output_of(cfg), device_of(cfg.trainer.accelerator), str(cfg.trainer.precision)
     at_precision = autocast(device, precision)
-    conditions = conditions_of(cfg, run, checkpoint)
+    challenge = challenge_settings(cfg, run)
+    conditions = conditions_of(cfg, run, checkpoint, challenge["control_cells"])
     model = load_model(cfg, path, checkpoint["hyper_parameters"]).to(device)
+    context = checkpoint["training_record"]["train_context"]
+    handed_in = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
     del checkpoint
     with at_precision:
-        files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition)
+        files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition, handed_in)
     size = decimal(sum(file.stat().st_size for file in files))
     say(console, f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
     return output
@@ -103,13 +108,17 @@ def say(console: Console, sentence: str) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its weights left on disk until they are read.
+    """What a checkpoint holds, its weights left on disk until they are read, or the folder of a shared model.
 
     Raises
     ------
     InputError
         If there is none, or it is no perturbation model's.
     """
+    if path.is_dir():
+        shared = read_shared(path)
+        record = {"train_context": shared.arguments["context"]}
+        return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.learnt}
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; give ckpt_path=PATH of a trained model")
     try:
@@ -123,7 +132,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def run_settings(checkpoint: Path) -> DictConfig:
     """Settings of the run whose folder holds the checkpoint, none where there is no ``config.yaml``."""
     config = config_beside(checkpoint)
-    return OmegaConf.load(config) if config.is_file() else OmegaConf.create()
+    return OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
 
 
 def config_beside(checkpoint: Path) -> Path:
@@ -153,14 +162,21 @@ def output_of(cfg: DictConfig) -> Path:
     return output
 
 
-def conditions_of(cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any]) -> Conditions:
-    """The table of conditions, encoded as the checkpoint's training cells were."""
+def conditions_of(
+    cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any], control_cells: int | None
+) -> Conditions:
+    """The table of conditions, encoded as the checkpoint's training cells were.
+
+    A challenge's number of control cells, if any, adds controls as ``controls`` does.
+    """
     context = checkpoint["training_record"]["train_context"]
+    if control_cells is None and cfg.controls:
+        control_cells = cfg.control_cells
     return encode_conditions(
         read_table(cfg.prediction_dataframe_path),
         context,
         cfg.n_cells,
-        control_cells=cfg.control_cells if cfg.controls else None,
+        control_cells=control_cells,
         perturbation_embeddings=embeddings_of(cfg, run, checkpoint["hyper_parameters"]),
         where=str(cfg.prediction_dataframe_path),
     )
@@ -199,6 +215,8 @@ def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any])
             raise InputError(f"model.solver: {error}") from error
     if cfg.seed is not None:
         given["seed"] = cfg.seed
+    if path.is_dir():
+        return build(PRiMeFlow, read_shared(path), **given)
     model = PRiMeFlow.load_from_checkpoint(path, evaluation=None, map_location="cpu", weights_only=False, **given)
     if model.gene_names is None:
         raise InputError(f"{path} does not name its genes; train with a host that hands over gene_names")
@@ -224,7 +242,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def generate_to_disk(
-    model: PRiMeFlow, conditions: Conditions, output: Path, precision: str, console: Console, per_condition: bool
+    model: PRiMeFlow,
+    conditions: Conditions,
+    output: Path,
+    precision: str,
+    console: Console,
+    per_condition: bool,
+    handed_in: ChallengeOutput,
 ) -> list[Path]:
     """Generate conditions to one file, or to one each; of these, files that the same request has made are kept.
 
@@ -235,8 +259,10 @@ def generate_to_disk(
     obs, counts, genes = conditions.obs, conditions.counts, model.gene_names
     condition = model.encoder(conditions.perturbations, conditions.covariates)
     made = how_made(model, precision)
+    if steps := handed_in.steps.record():
+        made["challenge"] = steps
     if not per_condition:
-        blocks = with_progress(model.stream(condition, counts), counts, console)
+        blocks = with_progress(handed_in.stream(model, condition, counts), counts, console)
         write_file(output, blocks, cells_obs(obs, counts, range(len(obs))), genes, json.dumps(made))
         return [output]
     records = [json.dumps({**made, "condition": digest([vector])}) for vector in condition]
@@ -244,7 +270,7 @@ def generate_to_disk(
     if len(rows) < len(obs):
         kept = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
         say(console, f"{kept} are in {output} from an earlier run and are kept")
-    blocks = with_progress(model.stream(condition[rows], counts[rows]), counts[rows], console)
+    blocks = with_progress(handed_in.stream(model, condition[rows], counts[rows], rows), counts[rows], console)
     write_files(output, numbered(blocks, rows), obs, counts, genes, records)
     return [output / name for name in file_names(obs)]
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a model on an h5ad file, generate the held-out conditions and score them",
     "predict": "generate the conditions of a table with a trained model",
     "evaluate": "score predicted cells against measured ones, without a model",
+    "share": "write a trained model as a folder of tensors and JSON that others can load",
     "data": "download the benchmark's data, preprocess counts, check whether a file will train",
     "sweep": "run many trainings: ablations, leaderboards, searches, on one machine or a cluster",
     "leaderboard": "make tables, statistics, figures and one page of finished runs",
@@ -42,6 +43,8 @@ def main() -> None:
         commands.add_parser(name, help=text, add_help=False)
     chosen = parser.parse_args(sys.argv[1:2])
     module = importlib.import_module(f"primeflow_perturbench.cli.{chosen.command}")
-    # Each subcommand is a script of its own: a launcher of several processes repeats `python argv[0] argv[1:]`.
+    # Each subcommand is a script of its own: a launcher of several processes repeats `python argv[0] argv[1:]`, and
+    # would repeat `python -m primeflow_perturbench`, without the subcommand, of a main module that has a spec.
     sys.argv = [module.__file__, *sys.argv[2:]]
+    sys.modules["__main__"].__spec__ = None
     module.main()

@@ -9,7 +9,7 @@ def parse() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="primeflow evaluate",
-        description="Score predicted cells against measured ones with PerturBench's metrics.",
+        description="Score predicted cells against measured ones with PerturBench's metrics, or a challenge's.",
     )
     parser.add_argument("predicted", help="h5ad of predicted cells")
     parser.add_argument("measured", help="h5ad of measured cells of the same conditions, with controls")
@@ -23,23 +23,57 @@ def parse() -> argparse.Namespace:
         help="the paper's metrics, or PerturBench's default or mmd set (default: %(default)s)",
     )
     parser.add_argument("--synthetic-controls", action="store_true", help="keep the predicted control cells")
-    parser.add_argument("--output", help="folder for summary.csv, summary_by_cov.csv and per_condition.parquet")
+    parser.add_argument("--output", help="folder for the tables: summary, by covariate, by condition")
+    challenge = parser.add_argument_group(
+        "Virtual Cell Challenge", "metrics of a year's own library (extra `vcc`), each row in a process of its own"
+    )
+    challenge.add_argument(
+        "--profile",
+        choices=["vcc2025", "vcc2026"],
+        help="cell-eval's metrics of 2025, on log1p expression, or cell-eval2's of 2026, on raw counts",
+    )
+    challenge.add_argument("--predicted-layer", help="layer of the predicted file that holds these (default: X)")
+    challenge.add_argument("--measured-layer", help="layer of the measured file that holds these (default: X)")
+    challenge.add_argument(
+        "--timeout", type=float, default=3600.0, help="seconds for each row of the table (default: %(default)g)"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Score the files of the command line and print the table."""
     chosen = parse()
-    from primeflow_perturbench.runs import evaluate_files
-
     console = make_console()
+    columns = {
+        "perturbation_key": chosen.perturbation_key,
+        "covariate_keys": chosen.covariate_keys,
+        "perturbation_control_value": chosen.control,
+    }
+
+    def challenge() -> None:
+        from primeflow_perturbench.challenge.scoring import evaluate_profile
+        from primeflow_perturbench.errors import InputError
+
+        if chosen.covariate_keys:
+            raise InputError(
+                f"--profile {chosen.profile} scores one context at a time and knows no --covariate-keys; give a file "
+                "of each context"
+            )
+        evaluate_profile(
+            chosen.predicted,
+            chosen.measured,
+            columns,
+            chosen.profile,
+            console,
+            layers=(chosen.predicted_layer, chosen.measured_layer),
+            synthetic_controls=chosen.synthetic_controls,
+            timeout=chosen.timeout,
+            output=chosen.output,
+        )
 
     def work() -> None:
-        columns = {
-            "perturbation_key": chosen.perturbation_key,
-            "covariate_keys": chosen.covariate_keys,
-            "perturbation_control_value": chosen.control,
-        }
+        from primeflow_perturbench.runs import evaluate_files
+
         evaluate_files(
             chosen.predicted,
             chosen.measured,
@@ -50,4 +84,4 @@ def main() -> None:
             output=chosen.output,
         )
 
-    answering(work)
+    answering(work if chosen.profile is None else challenge)

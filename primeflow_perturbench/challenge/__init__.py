@@ -1,0 +1,1 @@
+"""The Virtual Cell Challenge: what is handed in, and how it is scored."""
