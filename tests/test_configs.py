@@ -102,7 +102,11 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ROOTS and not name.startswith("hydra/")])
 def test_every_configuration_composes_instantiates_and_takes_a_step(name, tmp_path, data_folder):
-    cfg = compose(*asking_for(name, data_folder), *ONE_STEP, folder=tmp_path)
+    given = [*asking_for(name, data_folder), *ONE_STEP]
+    if not name.startswith(("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")):
+        # Half of a step's time goes into its checkpoints; those of these show that they are written.
+        given += ["~callbacks.model_checkpoint", "++trainer.enable_checkpointing=false"]
+    cfg = compose(*given, folder=tmp_path)
     assert not OmegaConf.missing_keys(cfg)
     if cfg.prepare is not None:
         hydra.utils.instantiate(cfg.prepare)

@@ -1,13 +1,11 @@
 """Which backends the conformance suite ran on, in one line at the end."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
 from primeflow_perturbench.benchmark import backend
-
-RAN: list[str] = []
-
 
 def describe() -> str:
     """The backend of this process."""
@@ -17,11 +15,13 @@ def describe() -> str:
 
 
 @pytest.fixture
-def ran() -> list[str]:
-    """Names of the other backends that the suite passed on."""
-    return RAN
+def ran(request) -> Callable[[str], None]:
+    """To be told of another backend that the suite passed on; it travels with the test's report."""
+    return lambda name: request.node.user_properties.append(("conformance", name))
 
 
 def pytest_terminal_summary(terminalreporter):
     """Print the line."""
-    terminalreporter.write_line(f"conformance suite ran on: {'; '.join([describe(), *RAN])}")
+    passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
+    others = [name for properties in passed for key, name in properties if key == "conformance"]
+    terminalreporter.write_line(f"conformance suite ran on: {'; '.join([describe(), *others])}")
