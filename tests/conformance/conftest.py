@@ -7,6 +7,7 @@ import pytest
 
 from primeflow_perturbench.benchmark import backend
 
+
 def describe() -> str:
     """The backend of this process."""
     if backend() == "perturbench":
