@@ -16,6 +16,8 @@ CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 ROOTS = ["predict", "train"]
 BASELINES = ["linear_additive", "latent_additive", "decoder_only"]
+# Those that show that checkpoints are written.
+WITH_CHECKPOINTS = ("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")
 # What keeps a step short; the sizes of the networks stay.
 ONE_STEP = [
     "test=false",
@@ -103,8 +105,8 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ROOTS and not name.startswith("hydra/")])
 def test_every_configuration_composes_instantiates_and_takes_a_step(name, tmp_path, data_folder):
     given = [*asking_for(name, data_folder), *ONE_STEP]
-    if not name.startswith(("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")):
-        # Half of a step's time goes into its checkpoints; those of these show that they are written.
+    if not name.startswith(WITH_CHECKPOINTS):
+        # Half of a step's time goes into its checkpoints.
         given += ["~callbacks.model_checkpoint", "++trainer.enable_checkpointing=false"]
     cfg = compose(*given, folder=tmp_path)
     assert not OmegaConf.missing_keys(cfg)
