@@ -175,7 +175,8 @@ def _open(source: Path) -> tuple[h5py.File, pd.DataFrame, pd.DataFrame]:
         file = h5py.File(source, "r")
         obs, var = read_elem(file["obs"]), read_elem(file["var"])
     except Exception:
-        read_h5ad(source, backed=True)  # says in a sentence what is wrong
+        # h5py and anndata raise many kinds; whatever it was, read_h5ad meets it too and says it in a sentence.
+        read_h5ad(source, backed=True)
         raise
     if not (isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame)):
         raise InputError(
