@@ -289,7 +289,9 @@ def in_two_processes(cfg, folder: Path) -> pd.Series:
     (folder / "worker.py").write_text(WORKER)
     OmegaConf.save(cfg, folder / "two.yaml")
     command = [sys.executable, str(folder / "worker.py"), str(folder / "two.yaml"), str(folder / "two.csv")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A free port that is asked for early may be another's by the time it is opened, since suites run side by side.
+    port = 20_000 + os.getpid() % 10_000
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(folder / "two.csv", index_col=0)
