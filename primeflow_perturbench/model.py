@@ -1,5 +1,6 @@
 """PRiMeFlow as a PerturBench model: the glue between the host and flow/, networks/ and cells/."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,26 +16,34 @@ from torch import Tensor, nn
 from primeflow_perturbench.benchmark import load
 from primeflow_perturbench.cells.batch_size import BatchSize
 from primeflow_perturbench.cells.calibration import calibrated
-from primeflow_perturbench.cells.condition import ConditionEncoder
+from primeflow_perturbench.cells.condition import ConditionEncoder, CovariateSurvey
 from primeflow_perturbench.cells.control_pool import ControlPool, ControlSurvey
 from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
+from primeflow_perturbench.cells.embedding_tables import ExternalRows, seen_in_training, with_tables
 from primeflow_perturbench.cells.gene_knowledge import tell_genes, wants_cells
 from primeflow_perturbench.cells.generation import Block, CellGenerator, gather
 from primeflow_perturbench.cells.marginals import ConditionMarginals, MarginalSurvey
 from primeflow_perturbench.cells.space import GeneSpace, PCASpace, refuse_gene_settings
+from primeflow_perturbench.cells.table import Conditions, quoted
+from primeflow_perturbench.cells.unmeasured import fill_unmeasured, refuse_unmeasured
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.finetuning.groups import adam_groups, checked_finetuning, freeze
+from primeflow_perturbench.finetuning.matching import take_over
 from primeflow_perturbench.flow.coupling import independent_coupling, optimal_transport_coupling
 from primeflow_perturbench.flow.guidance import check_interval
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_normal_time, uniform_time
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
+from primeflow_perturbench.networks.conditions import External, MultiHot
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 from primeflow_perturbench.sharing.folder import load_model, save_model
 from primeflow_perturbench.sharing.sample import sample_conditions
 from primeflow_perturbench.training.noise import Noise, batch_noise
 from primeflow_perturbench.training.optimiser import build_adam
 from primeflow_perturbench.training.schedule import build_schedule
+
+log = logging.getLogger(__name__)
 
 PerturbationModel = load("modelcore.models.PerturbationModel")
 Batch = load("data.types.Batch")
@@ -58,6 +67,9 @@ class PRiMeFlow(PerturbationModel):
     network
         ``(n_genes, condition_width) -> nn.Module``, a velocity network of ``networks/``; the coordinates of the space
         are its genes.
+    conditions
+        ``(n_perturbations, covariates) -> nn.Module``, what the network reads of a condition vector, see
+        `networks.conditions`.
     space
         ``(n_genes) -> nn.Module``, the space that the flow works in, see `cells.space`.
     source
@@ -105,6 +117,9 @@ class PRiMeFlow(PerturbationModel):
     lr, wd, lr_scheduler
         Learning rate (``None``: 1e-3) and weight decay (``None``: 1e-5) of Adam, and the host's configuration of a
         scheduler, ``{conf, dependencies, extras}``.
+    finetuning
+        ``{freeze, lr_factor}``: which of the groups ``genes``, ``conditions`` and ``trunk`` stay as they are, and the
+        learning rate of each as a share of ``lr``; ``None`` trains all parameters alike. See `finetuning.groups`.
 
     Raises
     ------
@@ -112,7 +127,7 @@ class PRiMeFlow(PerturbationModel):
         If a setting is out of range.
     """
 
-    COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls")
+    COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls", "AtlasPerturbation")
     SURVEYED_CELLS = 100_000
     # Enough for the order of the genes.
     KEPT_CELLS = 2048
@@ -128,6 +143,7 @@ class PRiMeFlow(PerturbationModel):
         embedding_width: int | None = None,
         perturbation_embedding_width: int | None = None,
         gene_names: Sequence[str] | None = None,
+        conditions: Callable[[int, Mapping[str, Any]], nn.Module] = MultiHot,
         space: Callable[[int], nn.Module] = GeneSpace,
         source: Literal["gaussian", "control"] = "gaussian",
         source_noise: float = 0.1,
@@ -149,6 +165,7 @@ class PRiMeFlow(PerturbationModel):
         lr: float | None = None,
         wd: float | None = None,
         lr_scheduler: Mapping[str, Any] | None = None,
+        finetuning: Mapping[str, Any] | None = None,
     ):
         if not 0 <= condition_dropout < 1:
             raise InputError(f"condition_dropout must be at least 0 and below 1, got {condition_dropout}")
@@ -186,6 +203,8 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(str(error)) from error
         # A host that instantiates the whole configuration at once hands over vocabularies as configuration.
         context = as_plain(context)
+        # Saved without its files, so that a checkpoint needs none.
+        conditions, rows = with_tables(conditions, context["perturbation_uniques"])
         super().__init__(
             n_genes=n_genes,
             n_perts=n_perts,
@@ -202,12 +221,22 @@ class PRiMeFlow(PerturbationModel):
         self.optimisation = (1e-3 if lr is None else lr, 1e-5 if wd is None else wd, as_plain(lr_scheduler))
         self.gene_names = None if gene_names is None else list(gene_names)
         self.covariates = context.get("covariate_uniques") or {}
-        self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates)
         self.space = space(n_genes)
         # The first weights are the seed's own, whatever the host has drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
-            self.network = network(self.space.width, self.encoder.width)
+            self.conditions = conditions(self.n_input_perturbation_features, self.covariates)
+            self.network = network(self.space.width, self.conditions.width)
+        if perturbation_embedding_width is not None and type(self.conditions) is not MultiHot:
+            raise InputError(
+                "perturbation_embeddings_path of the data puts embeddings in the place of perturbations; leave it out "
+                "and give the file as model.conditions.embeddings, or set model/conditions=multi_hot"
+            )
+        if rows is not None:
+            self.conditions.set_rows(rows)
+        known = self.conditions if isinstance(self.conditions, External) else None
+        self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates, known)
+        self._not_calibrated: set[str] = set()
         if isinstance(self.space, PCASpace):
             refuse_gene_settings(self.network)
         if precondition:
@@ -223,12 +252,24 @@ class PRiMeFlow(PerturbationModel):
         self.detection_limit = None if detection_limit == "none" else detection_limit
         self.calibrate, self.calibration_cells = calibrate, calibration_cells
         self.learnt_detection_limit: float | None = None
+        self.gene_means: Tensor | None = None
         self.marginals: ConditionMarginals | None = None
+        self.learning_shares = checked_finetuning(as_plain(finetuning))
+        freeze(self, self.learning_shares)
+        self.taken_over: dict[str, Any] | None = None
+
+    def take_over(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin with the weights of a checkpoint of other cells, matched by name, see `finetuning.matching`.
+
+        What is learnt without gradients is learnt anew from the cells that the model is fitted to.
+        """
+        self.taken_over = take_over(self, checkpoint)
+        return self.taken_over
 
     def configure_optimizers(self) -> Any:
         """Adam, with the scheduler of ``lr_scheduler``; one that leaves its length open lasts as long as the run."""
         lr, wd, config = self.optimisation
-        optimizer = build_adam(self.parameters(), lr, wd)
+        optimizer = build_adam(adam_groups(self, self.learning_shares, lr), lr, wd)
         if not config:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(config, optimizer, self.trainer)}
@@ -237,57 +278,75 @@ class PRiMeFlow(PerturbationModel):
         """Look at the training cells once: refuse what is not log1p expression, learn what is not trained."""
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow learns from the training cells before it trains: fit it with a data module")
+        if self._unmeasured_are_nan:
+            space = "pca" if isinstance(self.space, PCASpace) else "genes"
+            refuse_unmeasured(self.source, self.coupling, self.calibrate, space)
         if self.coupling == "ot":
             refuse_without_pot()
-        survey, by_condition, cells, controls = self._survey()
+        survey, by_condition, cells, controls, covariates = self._survey()
         refuse_unusable(survey)
         resumed = self.trainer.ckpt_path is not None and self.learnt_detection_limit is not None
         if not resumed:
-            self._learn(survey, by_condition, cells, controls)
+            self._learn(survey, by_condition, cells, controls, covariates)
 
-    def _survey(self) -> tuple[ExpressionSurvey, MarginalSurvey, Tensor | None, ControlSurvey]:
+    def _survey(self) -> tuple[ExpressionSurvey, MarginalSurvey, Tensor | None, ControlSurvey, CovariateSurvey]:
         """Look at training cells, together with all other processes; by condition only where that is asked for.
 
         The cells themselves, the first process's first, are kept where the order of the genes or the space needs them;
         controls where paths begin at them, and then more cells are looked at if need be.
         """
-        survey, by_condition = ExpressionSurvey(), MarginalSurvey()
-        controls = ControlSurvey(self.encoder.perturbation_width, self.source_cells)
+        survey, by_condition = ExpressionSurvey(unmeasured_are_nan=self._unmeasured_are_nan), MarginalSurvey()
+        plain, covariates = self.encoder.plain, CovariateSurvey()
+        controls = ControlSurvey(plain.perturbation_width, self.source_cells)
         most = max(self.KEPT_CELLS if wants_cells(self.network) else 0, self.space.fit_cells)
         kept: list[Tensor] = []
         for batch in self.trainer.datamodule.train_dataloader():
             survey.add(batch.gene_expression)
             if sum(map(len, kept)) < most:
                 kept.append(batch.gene_expression.cpu())
+            condition = plain(batch.perturbations, batch.covariates)
+            covariates.add(condition[:, plain.perturbation_width : -1])
             if self.calibrate != "none":
-                by_condition.add(self.encoder(batch.perturbations, batch.covariates), batch.gene_expression)
+                by_condition.add(condition, batch.gene_expression)
             if self.source == "control":
-                controls.add(self.encoder(batch.perturbations, batch.covariates), batch.gene_expression)
+                controls.add(condition, batch.gene_expression)
             if survey.cells * self._world_size >= self.SURVEYED_CELLS and controls.complete:
                 break
         cells = torch.cat(kept)[:most] if kept else None
         if self._world_size == 1:
-            return survey, by_condition, cells, controls
+            return survey, by_condition, cells, controls, covariates
         everyone: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(everyone, (survey, by_condition, controls))
-        surveys, by_conditions, of_controls = zip(*everyone, strict=True)
+        torch.distributed.all_gather_object(everyone, (survey, by_condition, controls, covariates))
+        surveys, by_conditions, of_controls, of_covariates = zip(*everyone, strict=True)
         cells = self.trainer.strategy.broadcast(cells)
         whole = ExpressionSurvey.of_all(surveys), MarginalSurvey.of_all(by_conditions)
-        return *whole, cells, ControlSurvey.of_all(of_controls)
+        return *whole, cells, ControlSurvey.of_all(of_controls), CovariateSurvey.of_all(of_covariates)
 
     def _learn(
-        self, survey: ExpressionSurvey, by_condition: MarginalSurvey, cells: Tensor | None, controls: ControlSurvey
+        self,
+        survey: ExpressionSurvey,
+        by_condition: MarginalSurvey,
+        cells: Tensor | None,
+        controls: ControlSurvey,
+        covariates: CovariateSurvey,
     ) -> None:
         """Take from the surveyed training cells what is not trained by gradients."""
+        if self._unmeasured_are_nan:
+            self.gene_means = survey.mean.float()
         if self.learnt_detection_limit is None:
             # Weights that have been trained, here or in a checkpoint, belong to what they were trained in.
             annotated = getattr(self.trainer.datamodule, "adata", None)
-            first = None if cells is None else cells[: self.KEPT_CELLS]
-            tell_genes(self.network, self.gene_names, first, None if annotated is None else annotated.var)
-            self.space.fit(survey, cells)
+            first = None if cells is None else self._without_gaps(cells[: self.KEPT_CELLS])[0]
+            if self.taken_over is None:
+                tell_genes(self.network, self.gene_names, first, None if annotated is None else annotated.var)
+                self.space.fit(survey, cells)
+                self.conditions.covariates.set_statistics(*covariates.statistics())
+            if isinstance(self.conditions, External):
+                names = self.training_record["train_context"]["perturbation_uniques"]
+                self.conditions.set_seen(seen_in_training(self.trainer.datamodule, names))
         self.learnt_detection_limit = learn_detection_limit(survey)
         if self.calibrate != "none":
-            self.marginals = ConditionMarginals.fit(self.encoder, by_condition)
+            self.marginals = ConditionMarginals.fit(self.encoder.plain, by_condition)
         if isinstance(self.network, GaussianPreconditioning):
             self.network.set_statistics(*self.space.statistics(survey, cells))
         if self.source == "control":
@@ -296,23 +355,42 @@ class PRiMeFlow(PerturbationModel):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
         condition = self.encoder(batch.perturbations, batch.covariates)
-        sample, noise = self._sample(batch.gene_expression, condition, TRAIN, self.current_epoch, batch_idx)
-        condition = self.encoder.drop(condition, noise.chance < self.condition_dropout)
-        loss = flow_matching_loss(self.velocity, sample, condition) * self._share(len(condition))
+        expression, measured = self._without_gaps(batch.gene_expression)
+        sample, noise = self._sample(expression, condition, TRAIN, self.current_epoch, batch_idx)
+        condition = self._dropped(condition, noise.chance)
+        counted = len(condition) if measured is None else measured.sum()
+        loss = flow_matching_loss(self.velocity, sample, condition, measured) * self._share(counted)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
+
+    def _dropped(self, condition: Tensor, chance: Tensor) -> Tensor:
+        """Condition vectors (B, C) with some of them null, and some of the others without their identity.
+
+        Parameters
+        ----------
+        condition
+            Condition vectors.
+        chance
+            Uniform on [0, 1), shape (B,).
+        """
+        alone = self.condition_dropout + self.conditions.identity_dropout * (1 - self.condition_dropout)
+        if self.conditions.identity_dropout:
+            condition = self.encoder.drop_identity(condition, chance < alone)
+        return self.encoder.drop(condition, chance < self.condition_dropout)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch without dropout, with the same noise in every epoch."""
         condition = self.encoder(batch.perturbations, batch.covariates)
-        sample, _ = self._sample(batch.gene_expression, condition, VALIDATE, 0, batch_idx)
-        loss = flow_matching_loss(self.velocity, sample, condition)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
+        expression, measured = self._without_gaps(batch.gene_expression)
+        sample, _ = self._sample(expression, condition, VALIDATE, 0, batch_idx)
+        counted = len(condition) if measured is None else int(measured.sum())
+        loss = flow_matching_loss(self.velocity, sample, condition, measured)
+        self.log("val_loss", loss, prog_bar=True, batch_size=counted, sync_dist=True)
         return loss
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity (B, G) of the network at points (B, G), times (B,) and conditions (B, C)."""
-        return self._evaluation(self.network, x, t, condition)
+        return self._evaluation(self.network, x, t, self.conditions(condition))
 
     def _sample(self, expression: Tensor, condition: Tensor, *stream: int) -> tuple[PathSample, Noise]:
         """Points on paths to cells (B, G), and all that is random about the batch."""
@@ -335,12 +413,27 @@ class PRiMeFlow(PerturbationModel):
     def _world_size(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
-    def _share(self, cells: int) -> Tensor | float:
-        """What makes the mean over devices of mean losses the mean over cells, where a last batch is dealt unevenly."""
+    @property
+    def _unmeasured_are_nan(self) -> bool:
+        """Whether NaN in a batch of the data module says that a gene was not measured."""
+        return self._trainer is not None and getattr(self.trainer.datamodule, "unmeasured_are_nan", False)
+
+    def _without_gaps(self, expression: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Expression (B, G) with means of genes in place of gaps, and what was measured; ``None`` says everything."""
+        return fill_unmeasured(expression, self.gene_means) if self._unmeasured_are_nan else (expression, None)
+
+    def _share(self, counted: int | Tensor) -> Tensor | float:
+        """What makes the mean over devices of mean losses the mean over cells, or over measured values.
+
+        Parameters
+        ----------
+        counted
+            Cells or values of this device: a last batch is dealt unevenly, and data sets measure different genes.
+        """
         world = self._world_size
         if world == 1:
             return 1.0
-        count = torch.tensor(float(cells), device=self.device)
+        count = torch.tensor(float(counted), device=self.device)
         return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def predict(self, batch: Batch) -> Tensor:
@@ -372,10 +465,12 @@ class PRiMeFlow(PerturbationModel):
         if self.source == "control":
             self._control_pool().to(self.device).context_rows(condition)
         if self.calibrate != "none":
-            raw = generator.stream(condition, np.maximum(counts, self.calibration_cells), self.space.decode)
-            means, rates = (part.cpu() for part in self._marginals()(condition, limit or 0.0))
+            unseen, plain = self.encoder.unseen(condition).cpu(), self.encoder.without_external(condition)
+            made = np.where(unseen, counts, np.maximum(counts, self.calibration_cells))
+            raw = generator.stream(condition, made, self.space.decode)
+            means, rates = (part.cpu() for part in self._marginals()(plain, limit or 0.0))
             known = rates if self.calibrate == "marginals" and limit is not None else None
-            blocks = calibrated(raw, counts, means, known, limit, self.calibration_cells)
+            blocks = calibrated(raw, counts, means, known, limit, self.calibration_cells, unseen.tolist())
         else:
             blocks = generator.stream(condition, counts, lambda z: decode_expression(self.space.decode(z), limit))
         for row, first, cells in blocks:
@@ -428,6 +523,7 @@ class PRiMeFlow(PerturbationModel):
             first = np.flatnonzero(~obs[columns].duplicated().to_numpy())
             rows = np.repeat(first, self.cells_per_condition)
         condition = self.encoder(batch.perturbations, batch.covariates)[rows].to(self.device)
+        self.tell_not_calibrated(condition, obs[self.training_record["train_context"]["perturbation_key"]].iloc[rows])
         cells = self.generate(condition)
         obs = obs.iloc[rows].copy()
         obs.index = [f"cell{index}" for index in range(len(obs))]
@@ -437,12 +533,41 @@ class PRiMeFlow(PerturbationModel):
         names = self.gene_names or batch.gene_names
         return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
 
+    def external_rows(
+        self, perturbation_embeddings: pd.DataFrame | str | Path | Sequence[pd.DataFrame | str | Path] | None
+    ) -> ExternalRows | None:
+        """External embeddings by name, with those of tables beside the model's own; ``None`` where it reads none."""
+        if not isinstance(self.conditions, External):
+            return None
+        return ExternalRows(self.conditions, self.training_record["train_context"], perturbation_embeddings)
+
+    def encode(self, conditions: Conditions) -> Tensor:
+        """Condition vectors (N, C) of a checked table; says once which of them `calibrate` does not reach."""
+        condition = self.encoder(conditions.perturbations, conditions.covariates, conditions.external)
+        self.tell_not_calibrated(condition, conditions.obs[self.training_record["train_context"]["perturbation_key"]])
+        return condition
+
+    def tell_not_calibrated(self, condition: Tensor, labels: Sequence[str]) -> None:
+        """Warn once of condition vectors (N, C), by their labels (N,), of whose means training says nothing."""
+        if self.calibrate == "none":
+            return
+        unseen = self.encoder.unseen(condition).tolist()
+        new = {str(label) for label, alone in zip(labels, unseen, strict=True) if alone} - self._not_calibrated
+        if new:
+            self._not_calibrated |= new
+            log.warning(
+                "%d labels have perturbations that training lacks, so that their cells are generated without "
+                "calibration: %s",
+                len(new),
+                quoted(sorted(new)),
+            )
+
     def sample(
         self,
         conditions: pd.DataFrame | Sequence[Mapping[str, Any]],
         n: int = 100,
         seed: int | None = None,
-        perturbation_embeddings: pd.DataFrame | None = None,
+        perturbation_embeddings: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
     ) -> ad.AnnData:
         """Generated cells of conditions that need not have been measured.
 
@@ -456,7 +581,8 @@ class PRiMeFlow(PerturbationModel):
         seed
             Seed of these cells; ``None`` is the model's.
         perturbation_embeddings
-            A row a perturbation, for a model that was trained with embeddings.
+            A row a perturbation, for a model that was trained with embeddings; several tables where training had
+            several. An encoder with external embeddings needs them for perturbations that training lacks alone.
 
         Returns
         -------
@@ -465,7 +591,7 @@ class PRiMeFlow(PerturbationModel):
         Raises
         ------
         InputError
-            If a condition is incomplete, or has a label that was not seen in training.
+            If a condition is incomplete, or has a label that was not seen in training and has no embedding.
         """
         return sample_conditions(self, conditions, n, seed, perturbation_embeddings)
 
@@ -524,6 +650,9 @@ class PRiMeFlow(PerturbationModel):
         """Keep what is learnt without gradients beside what the host keeps."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["primeflow"] = {"detection_limit": self.learnt_detection_limit}
+        if self.gene_means is not None:
+            # Apart from the rest, since only training reads them.
+            checkpoint["gene_means"] = self.gene_means
         if self.controls is not None:
             checkpoint["primeflow"]["controls"] = self.controls.state()
         if self.marginals is not None:
@@ -534,6 +663,7 @@ class PRiMeFlow(PerturbationModel):
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("primeflow", {})
         self.learnt_detection_limit = kept.get("detection_limit")
+        self.gene_means = checkpoint.get("gene_means")
         if "controls" in kept:
             self.controls = ControlPool.from_state(kept["controls"])
         if "marginals" in kept:

@@ -34,7 +34,7 @@ from primeflow_perturbench.cells.writing import (
 from primeflow_perturbench.challenge.output import ChallengeOutput, challenge_settings
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.sampling import ODESolver
-from primeflow_perturbench.model import PRiMeFlow
+from primeflow_perturbench.model import PRiMeFlow, as_plain
 from primeflow_perturbench.resolvers import best_precision
 from primeflow_perturbench.sharing.folder import build, read_shared
 
@@ -90,8 +90,8 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
     output, device, precision = output_of(cfg), device_of(cfg.trainer.accelerator), str(cfg.trainer.precision)
     at_precision = autocast(device, precision)
     challenge = challenge_settings(cfg, run)
-    conditions = conditions_of(cfg, run, checkpoint, challenge["control_cells"])
     model = load_model(cfg, path, checkpoint["hyper_parameters"]).to(device)
+    conditions = conditions_of(cfg, run, checkpoint, challenge["control_cells"], model)
     context = checkpoint["training_record"]["train_context"]
     handed_in = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
     del checkpoint
@@ -163,7 +163,7 @@ def output_of(cfg: DictConfig) -> Path:
 
 
 def conditions_of(
-    cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any], control_cells: int | None
+    cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any], control_cells: int | None, model: PRiMeFlow
 ) -> Conditions:
     """The table of conditions, encoded as the checkpoint's training cells were.
 
@@ -178,8 +178,19 @@ def conditions_of(
         cfg.n_cells,
         control_cells=control_cells,
         perturbation_embeddings=embeddings_of(cfg, run, checkpoint["hyper_parameters"]),
+        external=model.external_rows(tables_of(cfg, run)),
         where=str(cfg.prediction_dataframe_path),
     )
+
+
+def tables_of(cfg: DictConfig, run: DictConfig) -> str | list[str] | None:
+    """Files of external embeddings: those given, or those of the run where they are still there."""
+    given = as_plain(cfg.perturbation_embeddings_path)
+    if given is not None:
+        return given
+    trained = as_plain(OmegaConf.select(run, "model.conditions.embeddings"))
+    files = [trained] if isinstance(trained, str) else trained or []
+    return files if files and all(Path(file).is_file() for file in files) else None
 
 
 def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[str, Any]) -> pd.DataFrame | None:
@@ -191,6 +202,8 @@ def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[st
     path = cfg.perturbation_embeddings_path or OmegaConf.select(run, f"data.data_iter_factory.{key}")
     if path is None:
         raise InputError(f"{cfg.ckpt_path} was trained with perturbation embeddings; give {key}=PATH of their parquet")
+    if not isinstance(path, str):
+        raise InputError(f"{cfg.ckpt_path} was trained with one file of perturbation embeddings; give {key}=PATH of it")
     embeddings = read_perturbation_embeddings(path)
     if embeddings.shape[1] != width:
         raise InputError(
@@ -257,7 +270,7 @@ def generate_to_disk(
     The files.
     """
     obs, counts, genes = conditions.obs, conditions.counts, model.gene_names
-    condition = model.encoder(conditions.perturbations, conditions.covariates)
+    condition = model.encode(conditions)
     made = how_made(model, precision)
     if steps := handed_in.steps.record():
         made["challenge"] = steps

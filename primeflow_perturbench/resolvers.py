@@ -1,4 +1,7 @@
-"""Resolvers of the configuration: ``benchmark``, ``precision``, ``either`` and ``accumulation``."""
+"""Resolvers of the configuration: ``benchmark``, ``precision``, ``either``, ``accumulation`` and ``started``."""
+
+import os
+from datetime import datetime
 
 from omegaconf import OmegaConf
 
@@ -32,6 +35,22 @@ def accumulation(effective_batch: int, batch_size: int, devices: int | str | lis
     return max(1, round(effective_batch / (batch_size * count * num_nodes)))
 
 
+def started() -> str:
+    """Name of a run by its time, the same in all processes of it; of the job and its step under Slurm.
+
+    A Slurm job that is requeued thus goes on in its folder, where Lightning looks for its checkpoint.
+    """
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+        return "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return now
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set("primeflow/started", "", now).decode()
+
+
 def register() -> None:
     """Make the resolvers known; a second call does nothing."""
     for name, function in {
@@ -41,3 +60,4 @@ def register() -> None:
         "accumulation": accumulation,
     }.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
+    OmegaConf.register_new_resolver("started", started, replace=True, use_cache=True)

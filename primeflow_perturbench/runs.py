@@ -34,8 +34,10 @@ from primeflow_perturbench.benchmark.embedded.modelcore.models.base import (
     write_h5ad,
 )
 from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.data.atlas.module import NO_TEST
 from primeflow_perturbench.data.check import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.finetuning.report import TellTakenOver
 from primeflow_perturbench.leaderboard.record import (
     commit,
     data_record,
@@ -71,6 +73,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         On bad data or settings.
     """
     check_backend()
+    if reads_atlas(cfg) and cfg.test:
+        raise InputError(NO_TEST)
     folder = Path(cfg.paths.output_dir)
     if cfg.get("prepare") is not None:
         hydra.utils.instantiate(cfg.prepare)
@@ -84,7 +88,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         write_json(folder / "environment.json", record)
     start = time.perf_counter()
     try:
-        done = train(cfg, callbacks=[] if backend() == EMBEDDED else [KeepPredictions(folder)])
+        callbacks = [] if backend() == EMBEDDED else [KeepPredictions(folder)]
+        done = train(cfg, callbacks=[TellTakenOver(folder, console), *callbacks])
     except SystemExit as stop:  # Lightning's answer to Ctrl-C, once the callbacks have saved
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():
@@ -96,7 +101,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if split.is_file():
         record["split"] = split_record(split)
     # Not before: the model has refused wrong settings by now.
-    record |= what_is_run(cfg)
+    module = done["datamodule"]
+    record |= what_is_run(cfg, (len(module.obs_df), module.num_genes) if reads_atlas(cfg) else None)
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["steps"] = done["trainer"].global_step
     record["peak_memory"] = peak_memory()
@@ -111,21 +117,29 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     return summary
 
 
-def what_is_run(cfg: DictConfig) -> dict[str, Any]:
+def reads_atlas(cfg: DictConfig) -> bool:
+    """Whether the data of a run are many files, of which a manifest is named."""
+    return Path(cfg.data.data.filename).suffix in (".yaml", ".yml")
+
+
+def what_is_run(cfg: DictConfig, shape: tuple[int, int] | None = None) -> dict[str, Any]:
     """The part of a run's record that says which runs may stand in one table with it, and under which name.
 
     The name is ``label`` of the settings where there is one (``+label=NAME``), else the choice of the model's group.
+    Cells and genes of the data are counted in the file, where ``shape`` does not give them.
     """
     chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
     filename = cfg.data.data.filename
-    adata = read_h5ad(filename, backed=True)
-    cells, genes = adata.shape
-    adata.file.close()
+    if shape is None:
+        adata = read_h5ad(filename, backed=True)
+        shape = adata.shape
+        adata.file.close()
+    pipelines = OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines")
     return {
         "label": cfg.get("label") or chosen or cfg.model._target_.rpartition(".")[2],
         "seed": cfg.get("seed"),
-        "data": data_record(filename, cells, genes),
-        "metrics": metrics_record(OmegaConf.to_container(cfg.data.evaluation.evaluation_pipelines, resolve=True)),
+        "data": data_record(filename, *shape),
+        "metrics": metrics_record([] if pipelines is None else OmegaConf.to_container(pipelines, resolve=True)),
         "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
     }
 
@@ -168,6 +182,8 @@ def save_host_summary(model: Any, folder: Path) -> None:
 
 def check_data(cfg: DictConfig, console: Console) -> None:
     """Look through the data file; print warnings, raise the first error as `InputError`."""
+    if reads_atlas(cfg):  # opening the files of an atlas looks through them
+        return
     filename = cfg.data.data.filename
     findings = check_anndata(read_h5ad(filename, backed=True), filename=filename, **columns_of(cfg))
     for finding in findings:

@@ -7,6 +7,7 @@ import hydra
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 import primeflow_perturbench.configs
@@ -18,6 +19,8 @@ ROOTS = ["predict", "train"]
 BASELINES = ["linear_additive", "latent_additive", "decoder_only"]
 # Those that show that checkpoints are written.
 WITH_CHECKPOINTS = ("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")
+# PyTorch shards on GPUs alone; test_distributed.py composes it.
+STEPLESS = (*ROOTS, "trainer/fsdp")
 # What keeps a step short; the sizes of the networks stay.
 ONE_STEP = [
     "test=false",
@@ -27,7 +30,7 @@ ONE_STEP = [
     "trainer.accumulate_grad_batches=1",
     "trainer.val_check_interval=1",
     "trainer.accelerator=cpu",
-    "+trainer.limit_val_batches=1",
+    "++trainer.limit_val_batches=1",
 ]
 
 
@@ -47,6 +50,10 @@ def data_folder(tmp_path_factory, screen_path) -> Path:
     screen.obs["target_gene"] = labels.replace("control", "non-targeting").astype("category")
     third = pd.Series(np.arange(screen.n_obs) % 5, index=screen.obs_names)
     split = third.map({0: "val", 1: "test"}).fillna("train")
+    parts = sorted({part for label in labels.unique() for part in label.split("+")})
+    pd.DataFrame(np.eye(len(parts)), index=parts).rename(columns=str).to_parquet(folder / "embeddings.parquet")
+    entry = {"path": "screen.h5ad", "dataset": "screen", "modality": "CRISPRi", "perturbation_key": "condition"}
+    (folder / "manifest.yaml").write_text(yaml.safe_dump({"covariates": ["cell_type", "method"], "files": [entry]}))
     names = ["norman19", "sciplex3", "jiang24", "op3", "frangieh21", "mcfaline23_gxe"]
     for name in names:
         (folder / f"{name}_processed.h5ad").symlink_to(screen_file(screen, folder))
@@ -71,6 +78,12 @@ SAVED_SPLITS = (
     "experiment/ablation/suite",
     "experiment/leaderboard/devel",
 )
+# Those that make a split of the contexts of other data.
+PREPARED_SPLITS = ("experiment/finetune/devel", "experiment/finetune/pretrain_devel")
+
+
+# Configurations that read a manifest in place of a file of cells.
+ATLASES = ("data/atlas", "experiment/atlas/pretrain", "experiment/atlas/small")
 
 
 def compose(*overrides: str, folder: Path, root: str = "train"):
@@ -95,14 +108,20 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
         given.append("data=h5ad_controls")
     named = name.endswith("_no_controls") or (name.startswith("experiment/primeflow/") and option != "base")
     given += [f"paths.data_dir={data_folder}"]
-    if not named and name != "experiment/quickstart":
+    if name in ("model/conditions/external", "model/conditions/mixture"):
+        given.append(f"+perturbation_embeddings_path={data_folder / 'embeddings.parquet'}")
+    if name in ATLASES:
+        given.append(f"data.data.filename={data_folder / 'manifest.yaml'}")
+    elif not named and name != "experiment/quickstart":
         given.append(f"data.data.filename={data_folder / 'screen.h5ad'}")
+    if name in PREPARED_SPLITS:
+        given += ["prepare.context={cell_type: alpha}"] + ["prepare.test=[G0]"] * name.endswith("finetune/devel")
     if name in SAVED_SPLITS:
         given.append(f"data.splitter.split_path={data_folder / 'op3_split.csv'}")
     return given
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ROOTS and not name.startswith("hydra/")])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in STEPLESS and not name.startswith("hydra/")])
 def test_every_configuration_composes_instantiates_and_takes_a_step(name, tmp_path, data_folder):
     given = [*asking_for(name, data_folder), *ONE_STEP]
     if not name.startswith(WITH_CHECKPOINTS):

@@ -90,6 +90,7 @@ def calibrated(
     rates: Tensor | None,
     detection_limit: float | None,
     reference: int,
+    apart: Sequence[bool] | None = None,
 ) -> Iterator[Block]:
     """Decoded blocks of the first ``counts[row]`` cells of each row, with ``means[row]`` and ``rates[row]``.
 
@@ -110,9 +111,14 @@ def calibrated(
         As in `decode_expression`.
     reference
         Cells that find the map.
+    apart
+        Rows that are decoded alone, since nothing is known of their means, length N; ``None`` is none.
     """
     for row, of_row in groupby(blocks, key=itemgetter(0)):
         held, decode = [], None
+        if apart is not None and apart[row]:
+            yield from ((row, first, decode_expression(values, detection_limit)) for _, first, values in of_row)
+            continue
         for _, first, values in of_row:
             held.append((first, values))
             if decode is None and first + len(values) >= reference:

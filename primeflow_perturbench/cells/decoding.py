@@ -9,6 +9,13 @@ from torch import Tensor
 class ExpressionSurvey:
     """What the training cells' values look like, gathered batch by batch.
 
+    Parameters
+    ----------
+    highest
+        Upper end of the histogram.
+    unmeasured_are_nan
+        Whether NaN says that a gene was not measured in a cell, and does not count, or is an error.
+
     Attributes
     ----------
     histogram
@@ -17,19 +24,28 @@ class ExpressionSurvey:
 
     bin_width = 0.005
 
-    def __init__(self, highest: float = 20.0):
+    def __init__(self, highest: float = 20.0, unmeasured_are_nan: bool = False):
+        self.unmeasured_are_nan = unmeasured_are_nan
         self.histogram = torch.zeros(round(highest / self.bin_width), dtype=torch.float64)
         self.cells = self.negative = self.not_finite = 0
         self.fractional = False
-        self._sum = self._squares = torch.zeros(1, dtype=torch.float64)
+        # Cells that measured each gene; one number for all genes where every cell did.
+        self._measured = self._sum = self._squares = torch.zeros(1, dtype=torch.float64)
         self.largest = 0.0
 
     def add(self, expression: Tensor) -> None:
         """Take in expression (B, G)."""
         self.cells += len(expression)
         finite = torch.isfinite(expression)
-        self.not_finite += int((~finite).sum())
         exact = expression.detach().double().cpu()
+        if self.unmeasured_are_nan:
+            missing = torch.isnan(exact)
+            exact = exact.masked_fill(missing, 0.0)
+            self.not_finite += int((~finite).sum()) - int(missing.sum())
+            self._measured = self._measured + (~missing).sum(0)
+        else:
+            self.not_finite += int((~finite).sum())
+            self._measured = self._measured + len(expression)
         self._sum = self._sum + exact.sum(0)
         self._squares = self._squares + exact.square().sum(0)
         values = expression[finite & (expression != 0)].double().cpu()
@@ -52,6 +68,7 @@ class ExpressionSurvey:
             whole.negative += survey.negative
             whole.not_finite += survey.not_finite
             whole.fractional |= survey.fractional
+            whole._measured = whole._measured + survey._measured
             whole._sum = whole._sum + survey._sum
             whole._squares = whole._squares + survey._squares
             whole.largest = max(whole.largest, survey.largest)
@@ -59,13 +76,13 @@ class ExpressionSurvey:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of each gene, shape (G,)."""
-        return self._sum / max(self.cells, 1)
+        """Mean of each gene over the cells that measured it, 0 where none did; shape (G,)."""
+        return self._sum / self._measured.clamp(min=1)
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation of each gene, shape (G,)."""
-        return (self._squares / max(self.cells, 1) - self.mean**2).clamp(min=0).sqrt()
+        """Standard deviation of each gene over the cells that measured it, 0 where none did; shape (G,)."""
+        return (self._squares / self._measured.clamp(min=1) - self.mean**2).clamp(min=0).sqrt()
 
     def quantile(self, q: float) -> float:
         """Quantile of the positive values, to half a bin; 0 if there are none."""

@@ -155,8 +155,11 @@ class PCASpace(nn.Module):
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (W,) of cells (n, W)."""
-    return z.mean(0), z.std(0, correction=0)
+    """Mean and standard deviation (W,) of cells (n, W); NaN does not count, and 0 stands for a gene that is all NaN."""
+    if not torch.isnan(z).any():
+        return z.mean(0), z.std(0, correction=0)
+    mean = z.nanmean(0)
+    return mean.nan_to_num(0.0), (z - mean).square().nanmean(0).sqrt().nan_to_num(0.0)
 
 
 def refuse_gene_settings(network: nn.Module) -> None:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from primeflow_perturbench.errors import InputError
+
+if TYPE_CHECKING:
+    from primeflow_perturbench.cells.embedding_tables import ExternalRows
 
 N_CELLS = "n_cells"
 Parts = tuple[str, ...]
@@ -31,12 +34,15 @@ class Conditions:
         Multi-hot (N, P), or summed embeddings (N, W), float32; zero for control.
     covariates
         By name one-hot (N, n), or the values (N, 1) of a continuous covariate, float32.
+    external
+        Summed external embeddings (N, E), float32, for a model that reads such; else ``None``.
     """
 
     obs: pd.DataFrame
     counts: np.ndarray
     perturbations: Tensor
     covariates: dict[str, Tensor]
+    external: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.obs)
@@ -69,6 +75,7 @@ def encode_conditions(
     *,
     control_cells: int | None = None,
     perturbation_embeddings: pd.DataFrame | None = None,
+    external: "ExternalRows | None" = None,
     where: str = "the table of conditions",
 ) -> Conditions:
     """Check a table of conditions against what a model was trained on, and encode it.
@@ -88,7 +95,9 @@ def encode_conditions(
         Adds the control condition of every combination of covariates in the table that lacks it, with so many
         cells; ``None`` adds nothing.
     perturbation_embeddings
-        Table with a row a perturbation, for a model that was trained with embeddings.
+        Table with a row a perturbation, for a model that was trained with the host's embeddings.
+    external
+        External embeddings by name, for a model whose encoder of conditions reads such.
     where
         What errors call the table.
 
@@ -114,12 +123,15 @@ def encode_conditions(
         counts = np.concatenate([counts, added])
     parts = [split_parts(label, context) for label in obs[key]]
     check_distinct(obs, parts, key, where)
-    if perturbation_embeddings is None:
-        perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
-    else:
+    summed = None
+    if external is not None:
+        perturbations, summed = external.encode(parts, key, where)
+    elif perturbation_embeddings is not None:
         perturbations = summed_embeddings(parts, perturbation_embeddings, key, where)
+    else:
+        perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
     covariates = {name: covariate_tensor(obs[name], uniques[name]) for name in names}
-    return Conditions(obs, counts, perturbations, covariates)
+    return Conditions(obs, counts, perturbations, covariates, summed)
 
 
 def split_parts(label: str, context: Mapping[str, Any]) -> Parts:
@@ -229,7 +241,8 @@ def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: s
     if unknown:
         raise InputError(
             f"{where}, column {key!r} has {count(unknown, 'perturbation')} not seen in training, "
-            f"{with_nearest(unknown, columns)}; take names of the training cells, or train with perturbation embeddings"
+            f"{with_nearest(unknown, columns)}; take names of the training cells, or train with "
+            "model/conditions=external"
         )
     encoded = torch.zeros(len(parts), len(columns))
     for row, names in enumerate(parts):

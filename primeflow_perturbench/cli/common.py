@@ -3,17 +3,34 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+# The first process on a machine, where that has started this one, or the launcher of both.
+PARENT = os.getppid()
+# Longer than the first process takes to end, or a launcher to end the others once one has failed.
+GRACE_SECONDS = 15
+# What gloo, NCCL and the store of all processes say where one at the other end is gone.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exiting",
+    "Connection was likely closed",
+)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
 
 def make_console() -> Console:
     """Console for people, silent but on the first of several processes; our warnings in plain sentences."""
-    first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    console = Console(quiet=not first)
+    console = Console(quiet=not is_first())
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     warnings.filterwarnings("ignore")
@@ -27,7 +44,7 @@ def quieten_lightning() -> None:
 
 
 def answering(work: Callable[[], object]) -> None:
-    """Do the work; bad input ends with one sentence and status 2."""
+    """Do the work; bad input ends with one sentence and status 2, another process's end with a note and status 1."""
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue
 
@@ -46,9 +63,21 @@ def answering(work: Callable[[], object]) -> None:
         raise
     except (InputError, DataError) as error:
         refuse(str(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        if is_first():
+            Console(stderr=True).print("Another process of this run has ended, and this one with it.", soft_wrap=True)
+        sys.exit(1)
 
 
 def refuse(sentence: str) -> None:
-    """Print why and end with status 2."""
+    """Print why and end with status 2; where all of several processes would say the same, the first alone does."""
+    if not is_first():
+        end = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            if os.getppid() != PARENT:
+                sys.exit(2)
     Console(stderr=True).print(f"[bold red]error:[/bold red] {sentence}", highlight=False, soft_wrap=True)
     sys.exit(2)

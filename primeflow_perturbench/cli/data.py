@@ -1,4 +1,4 @@
-"""``primeflow data``: download the benchmark's data, check a file, preprocess counts."""
+"""``primeflow data``: download the benchmark's data, check a file, preprocess counts, split for finetuning."""
 
 import argparse
 import sys
@@ -19,6 +19,7 @@ def parse() -> argparse.Namespace:
     _add_download(commands)
     _add_check(commands)
     _add_preprocess(commands)
+    _add_split(commands)
     return parser.parse_args()
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     """Do what the command line says."""
     chosen = parse()
     console = make_console()
-    work = {"download": _download, "check": _check, "preprocess": _preprocess}[chosen.command]
+    work = {"download": _download, "check": _check, "preprocess": _preprocess, "split": _split}[chosen.command]
     answering(lambda: work(chosen, console))
 
 
@@ -47,7 +48,9 @@ def _add_download(commands: argparse._SubParsersAction) -> None:
 def _add_check(commands: argparse._SubParsersAction) -> None:
     text = "say column by column whether a model will train on a file; status 1 if it will not"
     parser = commands.add_parser("check", help=text, description=text)
-    parser.add_argument("file", help="h5ad of log1p expression")
+    parser.add_argument(
+        "file", help="h5ad of log1p expression, or the manifest of an atlas (.yaml), which itself names the columns"
+    )
     _add_columns(parser)
 
 
@@ -70,6 +73,40 @@ def _add_preprocess(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--target-sum", type=float, default=1e4, help="counts of a cell after normalising (default: %(default)s)"
     )
+
+
+def _add_split(commands: argparse._SubParsersAction) -> None:
+    text = "write a split for data/splitter=saved: cells for finetuning to a context, or for pretraining without it"
+    parser = commands.add_parser("split", help=text, description=text)
+    parser.add_argument("file", help="h5ad of cells of several contexts")
+    parser.add_argument("target", help="CSV of cell and split to write, empty for cells in none")
+    parser.add_argument(
+        "--task",
+        choices=["narrow", "set_apart"],
+        default="narrow",
+        help="narrow: the context, with its test perturbations as measured elsewhere; set_apart: all but the context "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context", nargs="+", required=True, metavar="COLUMN=VALUE", help="where perturbations are to be predicted"
+    )
+    parser.add_argument(
+        "--test-perturbations",
+        metavar="CSV",
+        help="narrow: labels to predict there: one a line, or a table with the perturbation column",
+    )
+    parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
+    parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
+    parser.add_argument(
+        "--delimiter", default="+", help="what joins the parts of a combination, '' for nothing (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        help="share of the context's other perturbations to validate on (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +148,9 @@ def _check(chosen: argparse.Namespace, console: Console) -> None:
     from primeflow_perturbench.data.check import check_anndata, read_h5ad
     from primeflow_perturbench.data.report import STYLES, check_table, verdict
 
+    if chosen.file.endswith((".yaml", ".yml")):
+        _check_atlas(chosen.file, console)
+        return
     columns = {
         "filename": chosen.file,
         "perturbation_key": chosen.perturbation_key,
@@ -129,6 +169,21 @@ def _check(chosen: argparse.Namespace, console: Console) -> None:
         sys.exit(WILL_NOT_TRAIN)
 
 
+def _check_atlas(manifest: str, console: Console) -> None:
+    from primeflow_perturbench.data.atlas.report import check_atlas
+    from primeflow_perturbench.data.report import STYLES
+
+    table, errors = check_atlas(manifest)
+    console.print(table)
+    for sentence in errors:
+        console.print("error: ", style=STYLES["error"], end="")
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    said = f"will not train: {len(errors)} error{'s' * (len(errors) > 1)}" if errors else "will train"
+    console.print(f"{manifest} {said}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    if errors:
+        sys.exit(WILL_NOT_TRAIN)
+
+
 def _preprocess(chosen: argparse.Namespace, console: Console) -> None:
     from primeflow_perturbench.data.preprocess import preprocess
 
@@ -143,5 +198,27 @@ def _preprocess(chosen: argparse.Namespace, console: Console) -> None:
         n_top_genes=chosen.n_top_genes,
         n_de_genes=chosen.n_de_genes,
         target_sum=chosen.target_sum,
+        console=console,
+    )
+
+
+def _split(chosen: argparse.Namespace, console: Console) -> None:
+    from primeflow_perturbench.errors import InputError
+    from primeflow_perturbench.finetuning.split_file import read_context, read_labels, write_split
+
+    narrowed = chosen.task == "narrow"
+    if narrowed and chosen.test_perturbations is None:
+        raise InputError("primeflow data split --task narrow: found no --test-perturbations, expected a CSV of labels")
+    write_split(
+        chosen.file,
+        chosen.target,
+        context=read_context(chosen.context),
+        task=chosen.task,
+        test=read_labels(chosen.test_perturbations, chosen.perturbation_key) if narrowed else (),
+        perturbation_key=chosen.perturbation_key,
+        control=chosen.control,
+        delimiter=chosen.delimiter or None,
+        val_fraction=chosen.val_fraction,
+        seed=chosen.seed,
         console=console,
     )

@@ -303,10 +303,19 @@ def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.Ann
         Leave the matrix in the file, opened for reading.
     """
     path = Path(path)
-    expected = "an AnnData file (.h5ad)"
+    require_h5ad(path)
+    try:
+        return anndata.read_h5ad(path, backed="r" if backed else None)
+    except Exception as error:  # whatever the reader stumbles over, the person needs one sentence
+        raise _no_h5ad(path, f"content that cannot be read ({reason(error)})", "write it again") from error
+
+
+def require_h5ad(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`InputError` unless ``path`` is an HDF5 file that is whole and has ``obs`` and ``var``."""
+    path = Path(path)
 
     def refuse(found: str, mend: str) -> InputError:
-        return InputError(Finding("error", str(path), found, expected, mend).sentence)
+        return _no_h5ad(path, found, mend)
 
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.h5ad")) if path.parent.is_dir() else []
@@ -330,18 +339,19 @@ def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.Ann
             keys = list(file)
     except OSError as error:
         cut = "truncated" in str(error)
-        found = "a truncated file" if cut else f"a damaged HDF5 file ({_reason(error)})"
+        found = "a truncated file" if cut else f"a damaged HDF5 file ({reason(error)})"
         raise refuse(found, "fetch or write it again, it is not whole") from error
     if not {"obs", "var"} <= set(keys):
         held = f"an HDF5 file with {some(keys)}" if keys else "an empty HDF5 file"
         raise refuse(f"{held} but without 'obs' and 'var'", "write it with adata.write_h5ad")
-    try:
-        return anndata.read_h5ad(path, backed="r" if backed else None)
-    except Exception as error:  # whatever the reader stumbles over, the person needs one sentence
-        raise refuse(f"content that cannot be read ({_reason(error)})", "write it again") from error
 
 
-def _reason(error: Exception) -> str:
+def _no_h5ad(path: Path, found: str, mend: str) -> InputError:
+    return InputError(Finding("error", str(path), found, "an AnnData file (.h5ad)", mend).sentence)
+
+
+def reason(error: Exception) -> str:
+    """First line of what another library says of an error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

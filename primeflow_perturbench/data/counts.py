@@ -65,7 +65,7 @@ class Counts:
 
     def blocks(self) -> Iterator[Block]:
         """All cells in order, about `BLOCK_VALUES` counts at a time; a cell without counts stays zero."""
-        for slab_start, slab in _slabs(self._matrix):
+        for slab_start, slab in slabs(self._matrix):
             for start, stop in pairwise(_bounds(slab.indptr, BLOCK_VALUES)):
                 counts = slab[start:stop]
                 self._require_counts(counts, slab_start + start)
@@ -104,8 +104,8 @@ def _bounds(indptr: np.ndarray, n_values: int) -> list[int]:
     return bounds
 
 
-def _slabs(matrix: h5py.Dataset | CSRDataset | CSCDataset) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """First row and rows of every slab of a stored (n_cells, n_genes) matrix."""
+def slabs(matrix: h5py.Dataset | CSRDataset | CSCDataset) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """First row and rows of every slab of a stored (n_cells, n_genes) matrix, dense or sparse, in order."""
     n_cells, n_genes = matrix.shape
     if isinstance(matrix, h5py.Dataset):
         step = max(1, SLAB_VALUES // n_genes)

@@ -10,8 +10,10 @@ from primeflow_perturbench.flow.path import PathSample
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def flow_matching_loss(network: Network, sample: PathSample, condition: Tensor) -> Tensor:
-    """Conditional flow-matching loss ``mean |v(x_t, t, c) - dx_t|^2`` over cells and genes.
+def flow_matching_loss(
+    network: Network, sample: PathSample, condition: Tensor, measured: Tensor | None = None
+) -> Tensor:
+    """Conditional flow-matching loss ``mean |v(x_t, t, c) - dx_t|^2`` over the measured genes of the cells.
 
     Lipman et al. 2023, eq. 23. A scalar, in float32 whatever the network's precision.
 
@@ -23,6 +25,12 @@ def flow_matching_loss(network: Network, sample: PathSample, condition: Tensor) 
         Points on the path.
     condition
         Condition vectors, shape (B, C).
+    measured
+        Booleans (B, G), false where a cell's gene was not measured: there neither target nor velocity count, and the
+        velocity's gradient is 0. ``None`` is all; with none at all the loss is 0.
     """
     velocity = network(sample.x_t, sample.t, condition)
+    if measured is not None:
+        residual = torch.where(measured, velocity.float() - sample.dx_t.float(), 0.0)
+        return residual.square().sum() / measured.sum().clamp(min=1)
     return torch.nn.functional.mse_loss(velocity.float(), sample.dx_t.float())

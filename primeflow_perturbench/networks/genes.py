@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from primeflow_perturbench.networks.layers import normalisation, zero_initialised
 
+# What stands in an order at a place without a gene.
+FREE = -1
+
 
 def read_out_norm(length: int, channels: int) -> nn.GroupNorm:
     """Group normalisation of a sequence; of one position over all channels, since one value has no spread."""
@@ -40,7 +43,95 @@ def check_vectors(vectors: Tensor, n_genes: int) -> None:
         raise ValueError("gene vectors need finite numbers that are not all zero")
 
 
-class GeneTokens(nn.Module):
+def is_layout(order: Tensor, n_genes: int) -> bool:
+    """Whether ``order`` (P,) has each of the genes at one place, and `FREE` at all other places."""
+    taken = order[order != FREE].sort().values
+    return order.ndim == 1 and torch.equal(taken.cpu(), torch.arange(n_genes, device="cpu"))
+
+
+class GeneLayout(nn.Module):
+    """The places of genes along a sequence: where each gene stands, and which places are free.
+
+    What a network learns of a place it learns of the gene there and of the neighbours. A network that goes on with
+    other genes leaves the known ones where they are; the places of those that are gone are free, and read 0.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes, G.
+    """
+
+    def __init__(self, n_genes: int):
+        super().__init__()
+        self.n_genes = n_genes
+        # The gene at each place; in file order there is nothing to hold and nothing to move.
+        self.register_buffer("order", None)
+
+    @property
+    def places(self) -> int:
+        """Places of the sequence, P, at least as many as genes."""
+        return self.n_genes if self.order is None else len(self.order)
+
+    def lay_out(self, order: Tensor) -> None:
+        """Take the gene, or `FREE`, at each place (P,); where P changes, the parameters of places are drawn anew.
+
+        Raises
+        ------
+        ValueError
+            If a gene has no place, or more than one.
+        """
+        if not is_layout(order, self.n_genes):
+            raise ValueError(f"a layout of genes needs each of 0 to {self.n_genes - 1} once, and {FREE} elsewhere")
+        grows = len(order) != self.places
+        self.order = order.to(next(self.parameters()).device)
+        if grows:
+            # Whoever draws next is not to notice.
+            with torch.random.fork_rng(devices=[]):
+                self.draw()
+            for norm in self.modules():
+                if isinstance(norm, nn.GroupNorm):
+                    norm.num_groups = read_out_norm(self.length, norm.num_channels).num_groups
+
+    def draw(self) -> None:
+        """Make the parameters that belong to places, with first values."""
+        raise NotImplementedError
+
+    def new_parameter(self, name: str, values: Tensor) -> None:
+        """A parameter of first values, or new first values of one, on its device and frozen if it was."""
+        known = getattr(self, name, None)
+        trains = known is None or known.requires_grad
+        setattr(self, name, nn.Parameter(values if known is None else values.to(known), requires_grad=trains))
+
+    def to_places(self, x: Tensor) -> Tensor:
+        """Values (B, P) by place of values (B, G) by gene, 0 at free places."""
+        if self.order is None:
+            return x
+        return (x if self.places == self.n_genes else nn.functional.pad(x, (0, 1)))[:, self.order]
+
+    def to_genes(self, values: Tensor) -> Tensor:
+        """Values (B, G) by gene of values (B, P) by place."""
+        if self.order is None:
+            return values
+        if self.places == self.n_genes:
+            return torch.empty_like(values).index_copy(1, self.order, values)
+        return values[:, self.place_of_gene]
+
+    @property
+    def place_of_gene(self) -> Tensor:
+        """The place of each gene (G,)."""
+        if self.order is None:
+            return torch.arange(self.n_genes)
+        return self.order.argsort()[self.places - self.n_genes :]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        order = state_dict.get(f"{prefix}order")
+        held = self.order is not None and order is not None and order.shape == self.order.shape
+        if order is not None and not held and is_layout(order, self.n_genes):
+            self.lay_out(order)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GeneTokens(GeneLayout):
     """One token a gene: ``token_g = x_g a + e_g`` with a shared vector ``a`` and the gene's own embedding ``e_g``.
 
     Parameters
@@ -63,32 +154,41 @@ class GeneTokens(nn.Module):
     """
 
     def __init__(self, n_genes: int, channels: int, initial_vectors: str | None = None, gene_embedding: bool = True):
-        super().__init__()
+        super().__init__(n_genes)
         if initial_vectors is not None and not gene_embedding:
             raise ValueError("initial_vectors begin embeddings of each gene, but gene_embedding is false; drop one")
-        self.length, self.initial_vectors = n_genes, initial_vectors
+        self.initial_vectors, self.gene_embedding = initial_vectors, gene_embedding
         self.value = nn.Parameter(torch.randn(channels))
-        self.embedding = nn.Parameter(torch.randn(channels, n_genes if gene_embedding else 1))
+        self.draw()
         self.read_out = nn.Sequential(
             read_out_norm(self.length, channels), nn.SiLU(), zero_initialised(nn.Conv1d(channels, 1, 3, padding=1))
         )
 
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return self.places
+
+    def draw(self) -> None:
+        """Make the embeddings of places."""
+        self.new_parameter("embedding", torch.randn(len(self.value), self.places if self.gene_embedding else 1))
+
     @torch.no_grad()
     def set_gene_vectors(self, vectors: Tensor) -> None:
         """Add projected vectors (G, W) of the genes to their embeddings, once and before training."""
-        check_vectors(vectors, self.length)
+        check_vectors(vectors, self.n_genes)
         self.embedding += projected_vectors(vectors.cpu(), len(self.embedding)).T.to(self.embedding)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Tokens (B, channels, G) of expression (B, G)."""
-        return x[:, None, :] * self.value[:, None] + self.embedding
+        """Tokens (B, channels, P) of expression (B, G)."""
+        return self.to_places(x)[:, None, :] * self.value[:, None] + self.embedding
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Gene values (B, G) of hidden tokens (B, channels, G)."""
-        return self.read_out(hidden)[:, 0, :]
+        """Gene values (B, G) of hidden tokens (B, channels, P)."""
+        return self.to_genes(self.read_out(hidden)[:, 0, :])
 
 
-class GenePatches(nn.Module):
+class GenePatches(GeneLayout):
     """Genes in patches of consecutive ones, each gene with a read-in and a read-out vector of its own.
 
     ``token_p = sum_{g in p} x_g a_g + e_p`` and ``v_g = <h_p, b_g> + c_g``. Nothing is shared between
@@ -120,21 +220,29 @@ class GenePatches(nn.Module):
     def __init__(
         self, n_genes: int, channels: int, patch: int = 8, order: str = "file", initial_vectors: str | None = None
     ):
-        super().__init__()
+        super().__init__(n_genes)
         if patch < 1:
             raise ValueError(f"gene patches need a patch of at least one gene, got {patch}")
         if order not in self.ORDERS:
             raise ValueError(f"gene patches need an order that is one of {', '.join(self.ORDERS)}, got {order!r}")
-        self.n_genes, self.patch = n_genes, patch
+        self.patch, self.channels = patch, channels
         self.order_by, self.initial_vectors = order, initial_vectors
-        self.length = -(-n_genes // patch)
-        # The gene at each place; in file order there is nothing to hold and nothing to move.
-        self.register_buffer("order", None if order == "file" else torch.arange(n_genes))
-        self.read_in = nn.Parameter(torch.randn(self.length, patch, channels) / patch**0.5)
-        self.embedding = nn.Parameter(torch.randn(self.length, channels))
+        if order != "file":
+            self.order = torch.arange(n_genes)
+        self.draw()
         self.norm = read_out_norm(self.length, channels)
-        self.read_out = nn.Parameter(torch.zeros(self.length, channels, patch))
-        self.bias = nn.Parameter(torch.zeros(n_genes))
+
+    @property
+    def length(self) -> int:
+        """Patches of the sequence."""
+        return -(-self.places // self.patch)
+
+    def draw(self) -> None:
+        """Make the weights of patches and of the places in them."""
+        self.new_parameter("read_in", torch.randn(self.length, self.patch, self.channels) / self.patch**0.5)
+        self.new_parameter("embedding", torch.randn(self.length, self.channels))
+        self.new_parameter("read_out", torch.zeros(self.length, self.channels, self.patch))
+        self.new_parameter("bias", torch.zeros(self.places))
 
     def set_order(self, order: Tensor) -> None:
         """Take the gene at each place (G,), before training: the weights belong to places.
@@ -166,8 +274,7 @@ class GenePatches(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, channels, patches) of expression (B, G)."""
-        x = x if self.order is None else x[:, self.order]
-        x = nn.functional.pad(x, (0, self.length * self.patch - self.n_genes))
+        x = nn.functional.pad(self.to_places(x), (0, self.length * self.patch - self.places))
         x = x.view(-1, self.length, self.patch).transpose(0, 1)
         return (torch.bmm(x, self.read_in) + self.embedding[:, None, :]).permute(1, 2, 0)
 
@@ -175,5 +282,4 @@ class GenePatches(nn.Module):
         """Gene values (B, G) of hidden tokens (B, channels, patches)."""
         hidden = nn.functional.silu(self.norm(hidden)).permute(2, 0, 1)
         values = torch.bmm(hidden, self.read_out).transpose(0, 1).flatten(1)
-        values = values[:, : self.n_genes] + self.bias
-        return values if self.order is None else torch.empty_like(values).index_copy(1, self.order, values)
+        return self.to_genes(values[:, : self.places] + self.bias)

@@ -15,6 +15,7 @@ import torch
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.leaderboard.record import file_hash, versions, write_json
+from primeflow_perturbench.networks.genes import FREE, GeneLayout
 from primeflow_perturbench.sharing.card import model_card
 from primeflow_perturbench.sharing.hub import fetch, is_hub_name
 from primeflow_perturbench.sharing.learnt import check_learnt, check_whole_numbers, learnt_tensors
@@ -55,6 +56,7 @@ NO_SETTINGS = (
     "perturbation_embedding_width",
     "gene_names",
     "lr_scheduler",
+    "finetuning",
 )
 # Settings of sampling, which may have been changed since the model was built.
 SAMPLING = (
@@ -213,7 +215,8 @@ def read_shared(folder: Path, root: Path | None = None) -> SharedModel:
     config = read_config(path)
     tensors = open_weights(folder, config["weights"], path, root)
     settings = config["model"]
-    refuse_sizes(settings.get("network"), tensors, f"{path}, model.network")
+    for part in ("network", "conditions"):
+        refuse_sizes(settings.get(part), tensors, f"{path}, model.{part}")
     check_names(config["genes"], f"{path}, genes")
     check_context(config["context"], f"{path}, context")
     # Only now: the class of the model imports much.
@@ -323,15 +326,16 @@ def build(cls: type["PRiMeFlow"], shared: SharedModel, **changes: Any) -> "PRiMe
     except (ValueError, TypeError) as error:
         raise InputError(str(error) if changes else f"{where}, model: {error}") from error
     learnt, tensors, encoder = shared.learnt, shared.tensors, model.encoder
-    check_learnt(learnt, encoder, f"{where}, learnt")
+    check_learnt(learnt, encoder.plain, f"{where}, learnt")
+    lay_out_as(model, tensors)
     expected = {f"model.{name}": (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     found = {name.removeprefix("learnt."): shape for name, shape in tensors.shapes.items()}
-    of_learnt = learnt_tensors(learnt, encoder, model.n_genes, model.space.width, found)
+    of_learnt = learnt_tensors(learnt, encoder.plain, model.n_genes, model.space.width, found)
     expected |= {f"learnt.{name}": kind for name, kind in of_learnt}
     genes, perturbations = len(model.gene_names), model.n_perts
     tensors.check(expected, f"the settings, {genes} genes and {perturbations} perturbations of config.json")
     values = tensors.read()
-    check_whole_numbers(values, str(tensors.path))
+    check_whole_numbers(values, str(tensors.path), model.n_genes)
     state = with_tensors(learnt, values, "learnt.")
     if "controls" in state:
         state["controls"]["covariates"] = model.covariates
@@ -340,3 +344,15 @@ def build(cls: type["PRiMeFlow"], shared: SharedModel, **changes: Any) -> "PRiMe
     model.load_state_dict(weights, assign=True)
     # Lightning still believes the model to be where it was built.
     return model.to("cpu").eval()
+
+
+def lay_out_as(model: "PRiMeFlow", tensors: TensorFile) -> None:
+    """Give a model's genes as many places as a file has: a finetuned model may have free ones."""
+    for name, module in model.named_modules():
+        places = tensors.shapes.get(f"model.{name}.order", ()) if isinstance(module, GeneLayout) else ()
+        if len(places) == 1 and places[0] >= module.n_genes:
+            # Which gene is where comes with the tensors.
+            order = torch.full(places, FREE)
+            order[: module.n_genes] = torch.arange(module.n_genes)
+            with torch.device("meta"):
+                module.lay_out(order)

@@ -24,12 +24,12 @@ def sample_conditions(
     conditions: pd.DataFrame | Sequence[Mapping[str, Any]],
     n: int,
     seed: int | None = None,
-    perturbation_embeddings: pd.DataFrame | None = None,
+    perturbation_embeddings: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
 ) -> ad.AnnData:
     """Cells of conditions, see `PRiMeFlow.sample`."""
     context = model.training_record["train_context"]
     width = model.hparams.get("perturbation_embedding_width")
-    if width is not None and (perturbation_embeddings is None or perturbation_embeddings.shape[1] != width):
+    if width is not None and getattr(perturbation_embeddings, "shape", (0, 0))[1] != width:
         raise InputError(
             f"the model was trained with perturbation embeddings of width {width}; give such a table of them"
         )
@@ -38,9 +38,10 @@ def sample_conditions(
         context,
         n,
         perturbation_embeddings=perturbation_embeddings if width is not None else None,
+        external=model.external_rows(perturbation_embeddings),
         where="the conditions",
     )
-    condition = model.encoder(encoded.perturbations, encoded.covariates)
+    condition = model.encode(encoded)
     blocks = [sp.csr_matrix(cells.numpy()) for _, _, cells in model.stream(condition, encoded.counts, seed)]
     obs = cells_obs(encoded.obs, encoded.counts, np.arange(len(encoded)))
     return ad.AnnData(sp.vstack(blocks, "csr"), obs=obs, var=pd.DataFrame(index=pd.Index(model.gene_names, dtype=str)))

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from primeflow_perturbench.cells.space import GeneSpace, PCASpace
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.networks.conditions import External, Learned, Mixture, MultiHot
 from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
@@ -23,12 +24,13 @@ from primeflow_perturbench.networks.unet import UNet
 CLASSES = {
     "network": (MLP, ResidualMLP, UNet, PatchTransformer),
     "genes": (GeneTokens, GenePatches),
+    "conditions": (MultiHot, Learned, External, Mixture),
     "space": (GeneSpace, PCASpace),
     "solver": (ODESolver,),
 }
 TARGET = "_target_"
 # Files that training read, on the machine of the training.
-NOT_SHARED = ("initial_vectors",)
+NOT_SHARED = ("initial_vectors", "embeddings")
 LARGEST = 2**53
 
 
@@ -110,6 +112,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if origin is Sequence:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     if annotation is float:
         return type(value) in (int, float) and (abs(value) <= LARGEST if type(value) is int else math.isfinite(value))
     if annotation is int:
@@ -160,6 +164,8 @@ def _own_settings(target: type) -> Mapping[str, inspect.Parameter]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
@@ -180,6 +186,8 @@ def _spoken(annotation: Any) -> str:
         return " or ".join(map(repr, parts))
     if origin is Sequence:
         return f"a list, each {_spoken(parts[0])}"
+    if origin is Mapping:
+        return f"an object, each value {_spoken(parts[1])}"
     words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", NoneType: "null"}
     return words.get(annotation, str(annotation))
 

@@ -7,7 +7,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+
+# What reaches all processes of a run.
+TOGETHER = (KeyboardInterrupt, SIGTERMException)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -26,6 +30,14 @@ class Checkpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save as Lightning does, but not where one of several processes fails: it would wait for the others for ever.
+
+        They wait for its gradients meanwhile.
+        """
+        if trainer.world_size == 1 or isinstance(exception, TOGETHER):
+            super().on_exception(trainer, pl_module, exception)
 
     def _should_save_on_exception(self, trainer: L.Trainer) -> bool:
         # In a validation the average stands in the place of the weights in training: saved then, they would be swapped.

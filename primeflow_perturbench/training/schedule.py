@@ -3,11 +3,12 @@
 import inspect
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 
 def warmup_cosine(
@@ -34,10 +35,23 @@ def warmup_cosine(
     if total_steps < 1:
         raise ValueError(f"a cosine schedule needs the number of steps: set trainer.max_steps, got {total_steps}")
     warmup_steps = max(1, min(warmup_steps, total_steps // 10))
-    peak = optimizer.param_groups[0]["lr"]
     warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps)
-    cosine = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps), eta_min=final_fraction * peak)
-    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+    falling = cosine(optimizer, max(1, total_steps - warmup_steps), final_fraction)
+    return SequentialLR(optimizer, [warmup, falling], milestones=[warmup_steps])
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int, final_fraction: float) -> LRScheduler:
+    """Half a cosine from each group's learning rate to that share of it, in so many steps."""
+    peaks = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+    if len(peaks) == 1:
+        return CosineAnnealingLR(optimizer, steps, eta_min=final_fraction * peaks.pop())
+    # Torch's has one floor for all groups.
+    return LambdaLR(optimizer, partial(share_of_peak, steps=steps, final_fraction=final_fraction))
+
+
+def share_of_peak(step: int, steps: int, final_fraction: float) -> float:
+    """Learning rate on a cosine as a share of its peak."""
+    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
 
 
 def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, trainer: L.Trainer) -> dict[str, Any]:

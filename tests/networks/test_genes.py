@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from primeflow_perturbench.networks.genes import GenePatches, GeneTokens, projected_vectors
+from primeflow_perturbench.networks.genes import FREE, GenePatches, GeneTokens, projected_vectors
 
 CHANNELS = 6
 
@@ -300,3 +300,60 @@ def test_vectors_of_other_genes_or_without_numbers_are_refused(genes):
     for bad in (torch.zeros(3, 5), torch.full((3, 5), torch.nan)):
         with pytest.raises(ValueError, match="finite numbers that are not all zero"):
             genes.set_gene_vectors(bad)
+
+
+# --- free places
+
+FREE_ORDER = torch.tensor([4, FREE, 0, 2, FREE, FREE, 1, 3, FREE])
+
+
+def laid_out(kind, seed=0):
+    """Tokens or patches of 5 genes on 9 places."""
+    genes = GeneTokens(5, CHANNELS) if kind == "tokens" else GenePatches(5, CHANNELS, 4)
+    genes.lay_out(FREE_ORDER)
+    return randomised(genes, seed)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "patches"])
+def test_genes_with_free_places_are_more_genes_of_which_some_read_zero(kind):
+    genes = laid_out(kind)
+    full = randomised(GeneTokens(9, CHANNELS) if kind == "tokens" else GenePatches(9, CHANNELS, 4))
+    x, hidden = random(3, 5), random(3, CHANNELS, genes.length, seed=1)
+    by_place = torch.zeros(3, 9)
+    taken = FREE_ORDER != FREE
+    by_place[:, taken] = x[:, FREE_ORDER[taken]]
+    assert torch.equal(genes.tokens(x), full.tokens(by_place))
+    values = full.values(hidden)
+    for place in taken.nonzero()[:, 0].tolist():
+        assert torch.equal(genes.values(hidden)[:, FREE_ORDER[place]], values[:, place])
+    assert genes.values(hidden).shape == (3, 5)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "patches"])
+def test_a_checkpoint_with_free_places_loads_into_fresh_genes(kind):
+    genes = laid_out(kind)
+    fresh = GeneTokens(5, CHANNELS) if kind == "tokens" else GenePatches(5, CHANNELS, 4)
+    before = torch.get_rng_state()
+    fresh.load_state_dict(genes.state_dict())
+    assert torch.equal(torch.get_rng_state(), before), "whoever draws next does not notice"
+    x = random(2, 5)
+    assert torch.equal(fresh.tokens(x), genes.tokens(x))
+    with pytest.raises(RuntimeError):
+        GeneTokens(6, CHANNELS).load_state_dict(laid_out("tokens").state_dict())
+
+
+def test_laying_out_keeps_what_is_frozen_frozen():
+    genes = GenePatches(5, CHANNELS, 4)
+    genes.read_in.requires_grad_(False)
+    genes.lay_out(FREE_ORDER)
+    assert not genes.read_in.requires_grad
+    assert genes.read_out.requires_grad
+    assert genes.length == 3
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, FREE], [0, 1, 2, 3, 4, 4], [[0, 1, 2, 3, 4]]])
+def test_what_is_no_layout_is_refused(order):
+    genes = GenePatches(5, CHANNELS, 4)
+    with pytest.raises(ValueError, match="each of 0 to 4 once, and -1 elsewhere"):
+        genes.lay_out(torch.tensor(order))
+    assert genes.order is None

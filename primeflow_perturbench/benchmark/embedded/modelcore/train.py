@@ -21,8 +21,8 @@ def instantiate_all(config: Mapping[str, Any] | None) -> list[Any]:
     return [hydra.utils.instantiate(entry) for entry in entries if entry and "_target_" in entry]
 
 
-def load_record(ckpt_path: str) -> dict[str, Any]:
-    """Training record and hyper-parameters of a checkpoint.
+def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
+    """A checkpoint of a perturbation model.
 
     Raises
     ------
@@ -31,11 +31,22 @@ def load_record(ckpt_path: str) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
-        return {**checkpoint["training_record"], "gene_names": checkpoint["hyper_parameters"].get("gene_names")}
+        record_of(checkpoint)
     except FileNotFoundError as error:
         raise DataError(f"there is no checkpoint {ckpt_path}") from error
     except Exception as error:  # unpickling a foreign file can raise anything
         raise DataError(f"{ckpt_path} is not a checkpoint of a perturbation model, or is cut short") from error
+    return checkpoint
+
+
+def load_record(ckpt_path: str) -> dict[str, Any]:
+    """Training record and gene names of a checkpoint's file, see `load_checkpoint` for errors."""
+    return record_of(load_checkpoint(ckpt_path))
+
+
+def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Training record and gene names of a checkpoint."""
+    return {**checkpoint["training_record"], "gene_names": checkpoint["hyper_parameters"].get("gene_names")}
 
 
 def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.LightningModule:
@@ -67,7 +78,9 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     ----------
     cfg
         Composed ``train.yaml``. ``train`` and ``test`` switch the two stages; ``ckpt_path`` resumes, or is
-        tested as it is without ``train``, or gives its weights alone with ``finetune``; ``seed`` seeds.
+        tested as it is without ``train``, or gives its weights alone with ``finetune``: a model with a method
+        ``take_over`` has the genes and conditions of the data and takes what it finds in the checkpoint, any other has
+        those of the checkpoint; ``seed`` seeds.
     callbacks
         Callbacks beside those of ``cfg``.
 
@@ -86,14 +99,18 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     if not cfg.train and ckpt_path is None:
         raise DataError("train=false tests a trained model and needs ckpt_path=PATH")
     datamodule = hydra.utils.instantiate(cfg.data)
-    record = load_record(ckpt_path) if ckpt_path is not None and (finetune or not cfg.train) else None
-    set_up(datamodule, record)
+    if finetune and ckpt_path is None:
+        raise DataError("finetune=true begins with a trained model and needs ckpt_path=PATH")
+    checkpoint = load_checkpoint(ckpt_path) if finetune or not cfg.train else None
+    takes_over = finetune and cfg.train and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over")
+    set_up(datamodule, None if takes_over or checkpoint is None else record_of(checkpoint))
     model = build_model(cfg, datamodule)
     check_compatible(model, datamodule)
-    if finetune:
-        weights = torch.load(ckpt_path, map_location="cpu", weights_only=False)
-        model.on_load_checkpoint(weights)
-        model.load_state_dict(weights["state_dict"])
+    if takes_over:
+        model.take_over(checkpoint)
+    elif finetune:
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
     trainer = hydra.utils.instantiate(
         cfg.trainer,
         callbacks=[*instantiate_all(cfg.get("callbacks")), *callbacks],

@@ -1,0 +1,215 @@
+"""A run that begins with a checkpoint of other cells: what it keeps, tells, freezes, how it resumes and is shared."""
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from primeflow_perturbench.benchmark.embedded.errors import DataError
+from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.finetuning.groups import checked_finetuning, parameters_of_groups
+from primeflow_perturbench.finetuning.report import TellTakenOver, sentences
+from primeflow_perturbench.model import PRiMeFlow
+from primeflow_perturbench.training.schedule import warmup_cosine
+
+SETTINGS = [
+    "data=h5ad",
+    "data/splitter=saved",
+    "data.splitter.save=false",
+    "data.loader.batch_size=64",
+    "model=primeflow_small",
+    "model.network.channels=8",
+    "model.network.multipliers=[1]",
+    "model.calibrate=none",
+    "model.lr=1e-2",
+    "model.lr_scheduler.conf.warmup_steps=2",
+    "trainer.val_check_interval=2",
+    "+trainer.limit_val_batches=1",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "~logger",
+    "~callbacks.lr_monitor",
+    "~callbacks.progress_bar",
+    "+trainer.enable_progress_bar=false",
+    "callbacks.ema.decay=0.5",
+    "callbacks.model_checkpoint.save_top_k=-1",
+    "test=false",
+]
+
+
+def run(folder: Path, cells: Path, *overrides: str, callbacks=()) -> dict:
+    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
+        cfg = hydra.compose(
+            "train",
+            [
+                *SETTINGS,
+                f"data.data.filename={cells}",
+                f"data.splitter.split_path={cells.with_suffix('.csv')}",
+                f"paths.output_dir={folder}",
+                *overrides,
+            ],
+        )
+    return train(cfg, callbacks)
+
+
+@pytest.fixture(scope="module")
+def cells(screen_path, tmp_path_factory) -> dict[str, Path]:
+    """Two lines to pretrain on, and the third with other genes and with one perturbation that the others lack."""
+    folder, screen = tmp_path_factory.mktemp("cells"), ad.read_h5ad(screen_path)
+    labels, lines = screen.obs["condition"].astype(str), screen.obs["cell_type"].astype(str)
+    third = sorted(lines.unique())[-1]
+    singles = ~labels.str.contains("+", regex=False)
+    parts = {
+        "atlas": screen[(lines != third) & singles & (labels != "G3"), :100],
+        "context": screen[(lines == third) & singles, 30:],
+    }
+    paths = {}
+    for name, part in parts.items():
+        paths[name] = folder / f"{name}.h5ad"
+        part.copy().write_h5ad(paths[name])
+        split = pd.Series(np.arange(part.n_obs) % 5, index=part.obs_names).map({0: "val", 1: "test"}).fillna("train")
+        split.to_csv(folder / f"{name}.csv", header=False)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def pretrained(cells, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    run(folder, cells["atlas"], "trainer.max_steps=4", "model.network.genes.order=correlation")
+    return folder / "checkpoints/last.ckpt"
+
+
+def finetune(pretrained, *overrides):
+    return [f"ckpt_path={pretrained}", "+finetune=true", *overrides]
+
+
+def genes_of(model):
+    return next(module for name, module in model.named_modules() if name.endswith("genes"))
+
+
+@pytest.fixture(scope="module")
+def finetuned(cells, pretrained, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("finetuned")
+    console = Console(file=(folder / "told.txt").open("w"), width=200)
+    tell = TellTakenOver(folder, console)
+    done = run(folder, cells["context"], *finetune(pretrained, "trainer.max_steps=6"), callbacks=[tell])
+    console.file.close()
+    return folder, done
+
+
+def test_a_run_tells_and_keeps_what_it_has_taken_over(finetuned, cells):
+    folder, _ = finetuned
+    report = json.loads((folder / "finetune.json").read_text())
+    old, new = (ad.read_h5ad(cells[name]).var_names.tolist() for name in ("atlas", "context"))
+    assert report["genes"] == {"known": 70, "new": new[70:], "dropped": old[:30]}
+    assert report["perturbations"]["new"] == ["G3"]
+    assert report["covariates"]["cell_type"]["known"] == 0
+    told = (folder / "told.txt").read_text()
+    assert f"genes: 70 known to the checkpoint; 28 new ({', '.join(new[70:80])}, ...); 30 gone" in told
+    assert new[80] not in told
+    assert all(sentence in told for sentence in sentences(report))
+
+
+def test_the_space_between_the_genes_is_that_of_the_checkpoint(finetuned, pretrained):
+    before = torch.load(pretrained, weights_only=False)["state_dict"]
+    genes = genes_of(finetuned[1]["model"])
+    old_order = before["network.network.genes.order"]
+    assert old_order.tolist() != sorted(old_order.tolist())
+    for new, place in enumerate(genes.place_of_gene[:70].tolist()):
+        assert old_order[place] == new + 30
+
+
+def test_a_finetuning_that_stopped_goes_on_by_its_own_checkpoint(finetuned, cells, tmp_path):
+    folder, _ = finetuned
+    half = folder / "checkpoints/step4.ckpt"
+    resumed = run(tmp_path, cells["context"], f"ckpt_path={half}", "trainer.max_steps=6")["model"]
+    assert resumed.taken_over is None
+    expected = torch.load(folder / "checkpoints/step6.ckpt", weights_only=False)
+    found = torch.load(tmp_path / "checkpoints/step6.ckpt", weights_only=False)
+    for part in ("state_dict", "current_model_state"):
+        assert set(found[part]) == set(expected[part])
+        assert all(torch.equal(found[part][name], value) for name, value in expected[part].items())
+    assert not torch.equal(
+        expected["state_dict"][name := "network.network.genes.read_in"],
+        torch.load(half, weights_only=False)["state_dict"][name],
+    )
+
+
+def test_a_finetuned_model_is_loaded_and_shared_with_its_free_places(finetuned, tmp_path):
+    folder, _ = finetuned
+    model = PRiMeFlow.load_from_checkpoint(
+        folder / "checkpoints/last.ckpt", evaluation=None, map_location="cpu", weights_only=False
+    ).eval()
+    assert genes_of(model).places > model.n_genes
+    model.save_pretrained(tmp_path / "shared")
+    shared = PRiMeFlow.from_pretrained(tmp_path / "shared")
+    condition = model.encoder.null[None].repeat(3, 1)
+    assert torch.equal(shared.generate(condition), model.generate(condition))
+
+
+def test_frozen_groups_stay_and_others_move_at_their_rates(cells, pretrained, tmp_path):
+    groups = ["+finetuning.freeze=[genes]", "+finetuning.lr_factor={trunk: 0.1}"]
+    before = run(tmp_path / "a", cells["context"], *finetune(pretrained, *groups, "train=true", "trainer.max_steps=2"))
+    model, (optimizer,) = before["model"], before["trainer"].optimizers
+    rates = [group["initial_lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([1e-2, 1e-3])
+    expected = parameters_of_groups(model)
+    assert [group["params"] for group in optimizer.param_groups] == [expected["conditions"], expected["trunk"]]
+    fresh = run(tmp_path / "b", cells["context"], *finetune(pretrained, "model.lr=0", "trainer.max_steps=1"))["model"]
+    moved = {
+        name: [not torch.equal(a, b) for a, b in zip(expected[name], parameters_of_groups(fresh)[name], strict=True)]
+        for name in expected
+    }
+    assert not any(moved["genes"])
+    assert any(moved["conditions"])
+    assert any(moved["trunk"])
+
+
+def test_each_group_rises_and_falls_to_a_share_of_its_own_rate():
+    """Torch's cosine has one floor for all groups, on which a group of a lower rate would rise."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.05)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = warmup_cosine(optimizer, 10, 100, final_fraction=0.1)
+    alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = warmup_cosine(alone, 10, 100, final_fraction=0.1)
+    for _ in range(100):
+        for given, step in ((optimizer, schedule), (alone, expected)):
+            given.step()
+            step.step()
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert first == pytest.approx(alone.param_groups[0]["lr"])
+        assert second == pytest.approx(0.05 * first)
+    assert first == pytest.approx(0.1)
+
+
+def test_each_parameter_is_of_one_group(finetuned):
+    groups = parameters_of_groups(finetuned[1]["model"])
+    every = [parameter for own in groups.values() for parameter in own]
+    assert sorted(map(id, every)) == sorted(map(id, finetuned[1]["model"].parameters()))
+    assert all(groups.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"freeze": ["gene"]}, "names the group 'gene', but the groups are genes, conditions, trunk"),
+        ({"lr_factor": {"trunk": -1}}, "lr_factor.trunk must be at least 0, got -1"),
+        ({"freeze": ["genes", "trunk"], "lr_factor": {"conditions": 0}}, "nothing is left to train"),
+        ({"rates": {}}, "no setting 'rates'; it has freeze and lr_factor"),
+    ],
+)
+def test_groups_that_are_none_are_refused(given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        checked_finetuning(given)
+
+
+def test_finetuning_needs_a_checkpoint(cells, tmp_path):
+    with pytest.raises(DataError, match="finetune=true begins with a trained model and needs ckpt_path"):
+        run(tmp_path, cells["context"], "+finetune=true")
