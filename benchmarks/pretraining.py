@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 METRICS = ["mmd_none", "mmd_pca", "cosine_logfc", "top_k_recall_scores"]
 # The last line is the new context, and every other perturbation is to be predicted there.
 SCREEN = {
-    "n_genes": 500,
+    "n_genes": 300,
     "n_perturbations": 24,
     "n_pairs": 0,
     "cell_lines": ["alpha", "beta", "gamma", "delta", "epsilon"],
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, help="h5ad with columns condition and cell_type (default: simulated)")
     parser.add_argument("--context", default="cell_type=A172", help="with --cells: column=value (default: %(default)s)")
     parser.add_argument("--test", nargs="+", default=[], help="with --cells: perturbations to predict there")
-    parser.add_argument("--steps", type=int, nargs=2, default=[1500, 500], help="of pretraining and of finetuning")
+    parser.add_argument("--steps", type=int, nargs=2, default=[800, 200], help="of pretraining and of finetuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"), help="folder for the runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
