@@ -22,7 +22,7 @@ from primeflow_perturbench.leaderboard.record import commit, hardware, versions,
 # Numbers of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read.
 RECIPES: dict[str, dict[str, Any]] = {
     "primeflow": {"channels": 64, "multipliers": [1, 2, 4, 8], "blocks": 2, "patch": None, "precondition": False},
-    "primeflow_fast": {"channels": 128, "multipliers": [1, 2, 4], "blocks": 2, "patch": 8, "precondition": True},
+    "primeflow_fast": {"channels": 128, "multipliers": [1, 2, 4], "blocks": 2, "patch": 16, "precondition": True},
 }
 CONDITION_WIDTH = 200
 

@@ -28,6 +28,21 @@ def _no_global_hydra():
     GlobalHydra.instance().clear()
 
 
+@pytest.fixture(autouse=True)
+def _no_word_of_other_processes():
+    """What Lightning tells the processes of one run is not told to those that the next test starts.
+
+    With a rank of this run in its environment, a new one would wait for processes that nobody starts.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def screen_path() -> Path:
     """A simulated screen with pairs: 2,820 cells, 128 genes, 3 lines."""
