@@ -202,7 +202,8 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
         "",
         "- "
         + "; ".join(f"{three(times)} times {where}" for where, times in result["times_as_fast"].items())
-        + ": how much faster a training step of `primeflow_fast` is than one of `primeflow`. The tables use the first.",
+        + ": how much faster a training step of `primeflow_fast` (on the H100 with patches of 8 "
+        "genes) is than one of `primeflow`. The tables use the first.",
         "- A machine is as fast as its network: reading, optimiser across machines and validation are left out.",
         "- The RTX 4090 is scaled from the H100 by peak arithmetic alone, 6 times slower. Its memory is 3 times slower "
         "(1,008 for 3,350 GB/s by NVIDIA's data sheets): a step bound by memory would do better.",
