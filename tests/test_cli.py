@@ -269,6 +269,17 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
     assert torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == reached + 5
 
 
+def test_values_of_a_setting_are_run_one_after_the_other(tmp_path, monkeypatch, screen_path):
+    """`-m` ended with a traceback: the folder of all runs was named after choices that Hydra had not made yet."""
+    monkeypatch.chdir(tmp_path)
+    cells = [f"data.data.filename={screen_path}", "test=false", "seed=3,4"]
+    call(monkeypatch, "train", "-m", *TINY, *cells, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    (folder,) = (tmp_path / "runs" / "train").iterdir()
+    for number, seed in enumerate((3, 4)):
+        assert f"seed: {seed}\n" in (folder / str(number) / "config.yaml").read_text()
+        assert (folder / str(number) / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys; sys.argv = ['primeflow', '--help']\n"
