@@ -36,7 +36,7 @@ from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_norm
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.conditions import External, MultiHot
-from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
+from primeflow_perturbench.networks.preconditioning import WEIGHTS, GaussianPreconditioning
 from primeflow_perturbench.sharing.folder import load_model, save_model
 from primeflow_perturbench.sharing.sample import sample_conditions
 from primeflow_perturbench.training.noise import Noise, batch_noise
@@ -87,6 +87,10 @@ class PRiMeFlow(PerturbationModel):
     precondition
         Whether the network learns only what a Gaussian of each gene does not already say, see
         `networks.preconditioning`; only from a Gaussian source.
+    loss_weighting
+        What the squared errors of the velocity count in training: ``"none"`` all alike, ``"times"`` and
+        ``"times_and_genes"`` see `networks.preconditioning.WEIGHTS`, both with ``precondition`` alone. The validation
+        loss has no weights.
     condition_dropout
         Share of training cells that see the null condition.
     guidance
@@ -151,6 +155,7 @@ class PRiMeFlow(PerturbationModel):
         coupling: Literal["independent", "ot"] = "independent",
         time_sampling: Literal["uniform", "logit_normal"] = "uniform",
         precondition: bool = False,
+        loss_weighting: Literal["none", "times", "times_and_genes"] = "none",
         condition_dropout: float = 0.2,
         guidance: float = 1.0,
         guidance_interval: Sequence[float] | None = None,
@@ -177,6 +182,7 @@ class PRiMeFlow(PerturbationModel):
             ("source", source, SOURCES),
             ("coupling", coupling, COUPLINGS),
             ("time_sampling", time_sampling, TIME_SAMPLINGS),
+            ("loss_weighting", loss_weighting, WEIGHTS),
         ):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -186,6 +192,8 @@ class PRiMeFlow(PerturbationModel):
             raise InputError(f"source_cells must be at least 1, got {source_cells}")
         if source == "control" and precondition:
             raise InputError("precondition supposes a Gaussian source: set precondition=false, or source=gaussian")
+        if loss_weighting != "none" and not precondition:
+            raise InputError(f"loss_weighting={loss_weighting} needs the variances of genes: set precondition=true")
         if cells_per_condition is not None and cells_per_condition < 1:
             raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
         if calibrate not in ("none", "mean", "marginals"):
@@ -242,6 +250,7 @@ class PRiMeFlow(PerturbationModel):
         if precondition:
             self.network = GaussianPreconditioning(self.network, self.space.width)
         self.path, self.coupling, self.time_sampling = StraightPath(), coupling, time_sampling
+        self.loss_weighting = loss_weighting
         self.source, self.source_noise, self.source_cells = source, source_noise, source_cells
         self.controls: ControlPool | None = None
         self.solver = solver or ODESolver()
@@ -359,7 +368,9 @@ class PRiMeFlow(PerturbationModel):
         sample, noise = self._sample(expression, condition, TRAIN, self.current_epoch, batch_idx)
         condition = self._dropped(condition, noise.chance)
         counted = len(condition) if measured is None else measured.sum()
-        loss = flow_matching_loss(self.velocity, sample, condition, measured) * self._share(counted)
+        weighted = self.loss_weighting != "none"
+        weight = self.network.loss_weight(sample.t, self.loss_weighting) if weighted else None
+        loss = flow_matching_loss(self.velocity, sample, condition, measured, weight) * self._share(counted)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 

@@ -281,6 +281,8 @@ def test_what_is_about_genes_is_refused_for_components():
     [
         ({"source": "noise"}, "source must be one of gaussian, control, got 'noise'"),
         ({"coupling": "emd"}, "coupling must be one of independent, ot, got 'emd'"),
+        ({"loss_weighting": "t"}, "loss_weighting must be one of none, times, times_and_genes, got 't'"),
+        ({"loss_weighting": "times"}, "loss_weighting=times needs the variances of genes: set precondition=true"),
         ({"time_sampling": "beta"}, "time_sampling must be one of uniform, logit_normal, got 'beta'"),
         ({"source_noise": -0.1}, "source_noise must be at least 0, got -0.1"),
         ({"source_cells": 0}, "source_cells must be at least 1, got 0"),

@@ -75,3 +75,14 @@ def test_the_gradient_reaches_the_network(sample):
     expected = 2 * residual.T @ sample.x_t.numpy() / (N_CELLS * N_GENES)
     np.testing.assert_allclose(linear.weight.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
     assert np.abs(expected).max() > 0.05
+
+
+def test_weights_count_where_genes_were_measured(sample):
+    measured = torch.tensor([[True, False, True]]).expand(N_CELLS, -1)
+    weight = random(N_CELLS, N_GENES, seed=4).abs()
+    condition = torch.zeros(N_CELLS, WIDTH)
+    squares = (bilinear(sample.x_t, sample.t, condition) - sample.dx_t).square().numpy()
+    expected = (weight.numpy() * squares)[:, [0, 2]].mean()
+    assert float(flow_matching_loss(bilinear, sample, condition, measured, weight)) == pytest.approx(expected, rel=1e-5)
+    whole = (weight.numpy() * squares).mean()
+    assert float(flow_matching_loss(bilinear, sample, condition, weight=weight)) == pytest.approx(whole, rel=1e-5)
