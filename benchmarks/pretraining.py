@@ -48,11 +48,12 @@ GENERATED, SURVEYED = 300, 1000
 # An atlas is trained on as in `experiment=atlas/small`, one file as in `experiment=devel/base`.
 ONE_FILE = ["experiment=devel/base", "data/splitter=saved"]
 ATLAS = ["experiment=atlas/small", "data.loader.batch_size=128"]
+# Genes in a patch: an atlas has many.
+PATCH_OF_FILE, PATCH_OF_ATLAS = (f"model.network.genes.patch={patch}" for patch in (16, 32))
 COMMON = [
     "model.calibrate=none",
     "model.network.channels=32",
     "model.network.multipliers=[1,2]",
-    "model.network.genes.patch=16",
 ]
 QUICK = [
     "model.network.channels=8",
@@ -141,7 +142,14 @@ def of_file(cells: Path, runs: Path, context: dict[str, str], test: list[str], c
     rows: dict[str, dict[str, dict]] = {}
     for seed in chosen.seeds:
         folder = runs / f"seed{seed}"
-        common = [*ONE_FILE, *COMMON, *(QUICK if chosen.quick else []), f"data.data.filename={cells}", f"seed={seed}"]
+        common = [
+            *ONE_FILE,
+            *COMMON,
+            PATCH_OF_FILE,
+            *(QUICK if chosen.quick else []),
+            f"data.data.filename={cells}",
+            f"seed={seed}",
+        ]
         run_rows_of_file(folder, common, splits, chosen.steps)
         references = pd.read_csv(folder / "narrowed" / "table.csv", index_col=0).iloc[:, 1:]
         for name, values in references.items():
@@ -243,7 +251,9 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
     models["ceiling"] = replicates(adata, test)
     for seed in chosen.seeds:
         folder = runs / f"seed{seed}"
-        run_rows_of_atlas(folder, [*COMMON, *(QUICK if chosen.quick else []), f"seed={seed}"], data, chosen.steps)
+        run_rows_of_atlas(
+            folder, [*COMMON, PATCH_OF_ATLAS, *(QUICK if chosen.quick else []), f"seed={seed}"], data, chosen.steps
+        )
         for name in ROWS:
             models[f"{name} {seed}"] = predict(folder / name, runs / "conditions.csv")
     measured = adata[cells.rows(["test"])].copy()
