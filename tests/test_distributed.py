@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.distributed import TCPStore
 
 from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.data.simulate_atlas import simulate_atlas
 from primeflow_perturbench.resolvers import started
 
 SCREEN = Path(__file__).parent / "data" / "screen"
@@ -85,11 +86,13 @@ def compose(*overrides: str, settings=SETTINGS):
         return hydra.compose("train", overrides=[*settings, *overrides])
 
 
-def primeflow_train(folder: Path, *overrides: str, launcher=(), limit: float = 300) -> tuple[int, str]:
+def primeflow_train(
+    folder: Path, *overrides: str, launcher=(), limit: float = 300, settings=SETTINGS
+) -> tuple[int, str]:
     """Status and words of ``primeflow train`` in a folder; it and all that it started are killed at a time limit."""
     port = 20_000 + os.getpid() % 10_000
     launcher = [*launcher, f"--master-port={port}"] if launcher else []
-    command = [sys.executable, *launcher, "-m", "primeflow_perturbench", "train", *SETTINGS, *overrides]
+    command = [sys.executable, *launcher, "-m", "primeflow_perturbench", "train", *settings, *overrides]
     modules = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "PYTHONPATH": modules}
     said = folder / "said.txt"
@@ -167,6 +170,30 @@ def test_processes_of_torchrun_learn_what_one_does(alone, split, tmp_path):
     assert_learnt_alike(alone, run)
     assert (run / "config.yaml").is_file()
     assert said.count("Trained; the run is in") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_learn_of_an_atlas_what_one_does(tmp_path):
+    """Each reads its own half of every batch from the files; genes that a file lacks are in neither's loss."""
+    sizes = {"n_perturbations": 4, "n_pairs": 0}
+    manifest = simulate_atlas(tmp_path / "atlas", n_files=2, cells=1200, n_genes=80, heldout_cells=60, **sizes).manifest
+    data = [
+        "data=atlas",
+        f"data.data.filename={manifest}",
+        "data.block_size=16",
+        "model.calibrate=none",
+        "references=[]",
+    ]
+    settings = [*data, *(setting for setting in SETTINGS if not setting.startswith(("data", "model.calibrate")))]
+    one, two = tmp_path / "one", tmp_path / "two"
+    given = ["test=false", f"paths.output_dir={one}", "run_name=test"]
+    train(compose("data.loader.batch_size=64", *given, settings=settings))
+    two.mkdir()
+    code, said = primeflow_train(two, *TWO, "test=false", settings=settings)
+    assert code == 0, said[-3000:]
+    curves = [pd.read_csv(run / "logs" / "metrics.csv").set_index("step") for run in (one, run_folder(two))]
+    assert len(curves[0]["train_loss"].dropna()) == STEPS
+    pd.testing.assert_frame_equal(*(curve[["train_loss", "val_loss"]] for curve in curves), rtol=0, atol=1e-4)
 
 
 FAILING = """
