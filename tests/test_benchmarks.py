@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from scipy.spatial.distance import cdist
 
+from primeflow_perturbench.cells.means import ConditionMeans, ConditionSurvey
 from primeflow_perturbench.flow.sampling import ODESolver
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -246,3 +248,44 @@ def test_a_missing_result_is_named_with_the_script_that_makes_it(results):
     (results / "cost.json").unlink()
     with pytest.raises(SystemExit, match=r"has no cost.json; run python benchmarks/cost.py first"):
         plots.read(results)
+
+
+@pytest.fixture
+def means_cells():
+    import means
+
+    folder = Path(__file__).parent / "data" / "screen"
+    return means.Cells.read(folder / "screen.h5ad", folder / "split.csv")
+
+
+def test_the_benchmark_of_means_predicts_as_the_model_does(means_cells):
+    import means
+
+    heldout = means_cells.heldout()
+    assert len(heldout) > 3
+    training = means_cells.part == "train"
+    pairs = list(zip(means_cells.line[training], means_cells.condition[training], strict=True))
+    vectors, encoder = means_cells.vectors(pairs, 0.0)
+    survey = ConditionSurvey()
+    survey.add(vectors, torch.tensor(means_cells.x[training]))
+    expected = ConditionMeans.fit(encoder, survey)(means_cells.vectors(heldout, 0.0)[0]).numpy()
+    predicted = means.predict(means_cells, heldout, means.Variant())[1]
+    np.testing.assert_allclose(predicted, expected, atol=1e-4)
+    other = means.predict(means_cells, heldout, means.Variant(weaker=0.5))[1]
+    assert np.abs(other - expected).max() > 0.01
+
+
+def test_an_error_of_means_is_worth_what_moved_cells_score(means_cells):
+    """Cells moved by d score about |d|^2 / 2 E|y - y'| more, in many dimensions."""
+    import means
+
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(2000, 200)).astype(np.float32)
+    cells = means.Cells(y, *(np.array([value] * len(y)) for value in ("alpha", "G1", "test")))
+    shift = np.full(200, 0.1)
+    (found,) = means.errors(cells, [("alpha", "G1")], (y.mean(0) + shift)[None]).values()
+    noise = y.var(0, ddof=1).sum() / len(y)
+    assert found["squared_error"] == pytest.approx(2.0 - noise, rel=1e-3)
+    x, x_ = y[:1000], y[1000:] + shift
+    energy = cdist(x, x_).mean() - cdist(x, x).sum() / (1000 * 999) / 2 - cdist(x_, x_).sum() / (1000 * 999) / 2
+    assert found["energy_distance"] == pytest.approx(energy, rel=0.15)
