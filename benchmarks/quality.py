@@ -48,6 +48,10 @@ NETWORKS = {
 # What is not changed is the training's own test.
 TESTS = {
     "not calibrated": ["model.calibrate=none"],
+    # Midpoint steps cost two evaluations each.
+    "not calibrated, 4 evaluations": ["model.calibrate=none", "model.solver.steps=2"],
+    "calibrated marginals, 4 evaluations": ["model.solver.steps=2"],
+    "calibrated marginals, 2 evaluations": ["model.solver.steps=1"],
     "calibrated marginals": [],
 }
 METRICS = ["mmd_none", "mmd_pca", "top_k_recall_scores", "cosine_logfc", "rmse_average"]
@@ -61,6 +65,11 @@ def run(folder: Path, overrides: list[str]) -> dict[str, float]:
         (folder / "command.txt").write_text(" ".join(command) + "\n")
         subprocess.run(command, check=True)
     return pd.read_csv(folder / "table.csv", index_col=0).iloc[:, 0].to_dict()
+
+
+def folder_name(words: str) -> str:
+    """Words as part of a folder's name."""
+    return re.sub("[^a-z0-9]+", "-", words.lower())
 
 
 def measure(cells: Path, split: Path, runs: Path, steps: int, seeds: list[int], networks: list[str]) -> dict:
@@ -81,12 +90,12 @@ def measure(cells: Path, split: Path, runs: Path, steps: int, seeds: list[int], 
                 f"model.calibration_cells={CELLS}",
                 "model.solver.steps=5",
             ]
-            first = runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}_{steps}_{seed}"
+            first = runs / f"{folder_name(name)}_{steps}_{seed}"
             scores = {"calibrated marginals": run(first, settings)}
             for test, changes in TESTS.items():
                 if changes:
                     again = ["train=false", f"ckpt_path={first / 'checkpoints' / 'last.ckpt'}"]
-                    folder = first.with_name(f"{first.name}_{test.replace(' ', '-')}")
+                    folder = first.with_name(f"{first.name}_{folder_name(test)}")
                     scores[test] = run(folder, [*settings, *again, *changes])
             for test, found in scores.items():
                 rows.setdefault(f"{name}, {test}", {})[str(seed)] = {metric: found[metric] for metric in METRICS}
@@ -134,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps of 128 cells (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
     chosen = parser.parse_args()
     os.environ.setdefault("PRIMEFLOW_BENCHMARK", "embedded")
     cells, split = chosen.cells.resolve(), chosen.split.resolve()
@@ -145,8 +155,9 @@ def main() -> None:
         "perfect": perfect(cells, split, CELLS),
     }
     result |= {"hardware": hardware(), "versions": versions(), "commit": commit()}
-    write_json(RESULTS / "quality.json", result)
-    (RESULTS / "quality.md").write_text(as_markdown(result))
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    write_json(chosen.output / "quality.json", result)
+    (chosen.output / "quality.md").write_text(as_markdown(result))
     Console().print(as_markdown(result))
 
 
