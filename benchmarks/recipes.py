@@ -21,8 +21,22 @@ from primeflow_perturbench.leaderboard.record import commit, hardware, versions,
 
 # Numbers of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read.
 RECIPES: dict[str, dict[str, Any]] = {
-    "primeflow": {"channels": 64, "multipliers": [1, 2, 4, 8], "blocks": 2, "patch": None, "precondition": False},
-    "primeflow_fast": {"channels": 128, "multipliers": [1, 2, 4], "blocks": 2, "patch": 16, "precondition": True},
+    "primeflow": {
+        "channels": 64,
+        "multipliers": [1, 2, 4, 8],
+        "blocks": 2,
+        "patch": None,
+        "functions": 0,
+        "precondition": False,
+    },
+    "primeflow_fast": {
+        "channels": 128,
+        "multipliers": [1, 2, 4],
+        "blocks": 2,
+        "patch": 16,
+        "functions": 5,
+        "precondition": True,
+    },
 }
 CONDITION_WIDTH = 200
 
@@ -36,10 +50,12 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
     from primeflow_perturbench.networks.unet import UNet
 
     settings = RECIPES[recipe] | changed
-    patch, precondition = settings.pop("patch"), settings.pop("precondition")
+    patch, functions, precondition = (settings.pop(name) for name in ("patch", "functions", "precondition"))
 
     def genes(n_genes: int, channels: int):
-        return GeneTokens(n_genes, channels) if patch is None else GenePatches(n_genes, channels, patch=patch)
+        if patch is None:
+            return GeneTokens(n_genes, channels)
+        return GenePatches(n_genes, channels, patch=patch, functions=functions)
 
     torch.manual_seed(0)
     network = UNet(n_genes, condition_width, attention=True, genes=genes, **settings)

@@ -68,7 +68,8 @@ def _own(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     if isinstance(module, GeneTokens):
         return {"genes": [module.embedding]}
     if isinstance(module, GenePatches):
-        return {"genes": [module.read_in, module.read_out, module.bias, module.embedding]}
+        # All of its weights but those of the normalisation.
+        return {"genes": list(module.parameters(recurse=False))}
     if isinstance(module, ResidualMLP):
         return {"genes": [*module.read_in.parameters(), *module.read_out.parameters()]}
     if isinstance(module, MLP):

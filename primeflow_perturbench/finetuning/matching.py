@@ -183,12 +183,18 @@ def of_patches(genes: GenePatches, new: State, old: State, axis: Match) -> Itera
     yield "embedding", torch.cat([old["embedding"], new["embedding"][length:]])
     kept = kept_places(genes, length * genes.patch, axis)
     patch, slot = kept // genes.patch, kept % genes.patch
-    read_in, read_out, bias = (new[name].clone() for name in ("read_in", "read_out", "bias"))
-    read_in[patch, slot] = old["read_in"][patch, slot]
-    read_out[patch, :, slot] = old["read_out"][patch, :, slot]
+    for name in genes.OF_SLOTS:
+        if name in new:
+            refuse_other_shape(name, old[name].shape[1:], new[name].shape[1:])
+            # A gene's slot is the last axis but of what is read in.
+            axis_of_slot = 1 if name == "read_in" else -1
+            by_slot = new[name].clone().movedim(axis_of_slot, 1)
+            by_slot[patch, slot] = old[name].movedim(axis_of_slot, 1)[patch, slot]
+            yield name, by_slot.movedim(1, axis_of_slot)
+    bias = new["bias"].clone()
     kept = kept[kept < min(len(bias), len(old["bias"]))]
     bias[kept] = old["bias"][kept]
-    yield from (("read_in", read_in), ("read_out", read_out), ("bias", bias))
+    yield "bias", bias
 
 
 def of_mlp(network: MLP, new: State, old: State, axis: Match) -> Iterator[tuple[str, Tensor]]:

@@ -183,8 +183,8 @@ class GeneTokens(GeneLayout):
         """Tokens (B, channels, P) of expression (B, G)."""
         return self.to_places(x)[:, None, :] * self.value[:, None] + self.embedding
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """Gene values (B, G) of hidden tokens (B, channels, P)."""
+    def values(self, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+        """Gene values (B, G) of hidden tokens (B, channels, P); the expression (B, G) is not looked at again."""
         return self.to_genes(self.read_out(hidden)[:, 0, :])
 
 
@@ -194,6 +194,14 @@ class GenePatches(GeneLayout):
     ``token_p = sum_{g in p} x_g a_g + e_p`` and ``v_g = <h_p, b_g> + c_g``. Nothing is shared between
     genes, and the sequence is ``patch`` times shorter than with a token a gene.
 
+    A token of few channels cannot carry each value of many genes to the read-out, where the velocity of a gene depends
+    on its own value before all others. With ``functions`` the read-out looks at it again: functions ``f_gk`` of the
+    gene's own are added up, weighted by what the token knows of time, condition and the other genes,
+
+        v_g = <h_p, b_g> + c_g + sum_k f_gk(x_g) (<h_p, s_gk> + d_gk).
+
+    The first is the value itself; the others, ``SiLU(w_gk x_g + u_gk)``, bend at points that are learnt.
+
     Parameters
     ----------
     n_genes
@@ -202,6 +210,8 @@ class GenePatches(GeneLayout):
         Width of a token.
     patch
         Genes in a patch.
+    functions
+        Functions of a gene's own value that its velocity is read from.
     order
         Which genes are consecutive: ``file``, as they come, or ``correlation`` or ``chromosome``, which
         `cells.gene_knowledge` finds before training and hands to `set_order`. Checkpoints hold it.
@@ -212,20 +222,32 @@ class GenePatches(GeneLayout):
     Raises
     ------
     ValueError
-        If ``patch`` is not positive or ``order`` not one of the three.
+        If ``patch`` is not positive, ``functions`` is negative or ``order`` not one of the three.
     """
 
     ORDERS = ("file", "correlation", "chromosome")
+    # Weights of the places in a patch, by patch.
+    OF_SLOTS = ("read_in", "read_out", "own_scale", "own_shift", "own_bias", "own_read_out")
+    # Where functions of a value bend at first, in standard deviations of noise: few genes of a cell are above 2.
+    BENDS = (-1.0, 0.5, 2.0, 4.0)
 
     def __init__(
-        self, n_genes: int, channels: int, patch: int = 8, order: str = "file", initial_vectors: str | None = None
+        self,
+        n_genes: int,
+        channels: int,
+        patch: int = 8,
+        order: str = "file",
+        initial_vectors: str | None = None,
+        functions: int = 0,
     ):
         super().__init__(n_genes)
         if patch < 1:
             raise ValueError(f"gene patches need a patch of at least one gene, got {patch}")
         if order not in self.ORDERS:
             raise ValueError(f"gene patches need an order that is one of {', '.join(self.ORDERS)}, got {order!r}")
-        self.patch, self.channels = patch, channels
+        if functions < 0:
+            raise ValueError(f"gene patches need no functions or some, got {functions}")
+        self.patch, self.channels, self.functions = patch, channels, functions
         self.order_by, self.initial_vectors = order, initial_vectors
         if order != "file":
             self.order = torch.arange(n_genes)
@@ -243,6 +265,13 @@ class GenePatches(GeneLayout):
         self.new_parameter("embedding", torch.randn(self.length, self.channels))
         self.new_parameter("read_out", torch.zeros(self.length, self.channels, self.patch))
         self.new_parameter("bias", torch.zeros(self.places))
+        if self.functions:
+            bends = torch.tensor([self.BENDS[k % len(self.BENDS)] for k in range(self.functions - 1)])
+            shape = (self.length, len(bends), self.patch)
+            self.new_parameter("own_scale", torch.ones(shape))
+            self.new_parameter("own_shift", -bends[:, None].expand(shape).clone())
+            self.new_parameter("own_bias", torch.zeros(self.length, self.functions, self.patch))
+            self.new_parameter("own_read_out", torch.zeros(self.length, self.channels, self.functions, self.patch))
 
     def set_order(self, order: Tensor) -> None:
         """Take the gene at each place (G,), before training: the weights belong to places.
@@ -272,14 +301,29 @@ class GenePatches(GeneLayout):
         known = nn.functional.pad(vectors.any(dim=1, keepdim=True), padding).unflatten(0, (-1, self.patch)).sum(1)
         self.embedding += (total / known.clamp(min=1)).to(self.embedding)
 
+    def patches(self, x: Tensor) -> Tensor:
+        """Values (patches, B, patch) of expression (B, G), 0 where a patch has no gene."""
+        x = nn.functional.pad(self.to_places(x), (0, self.length * self.patch - self.places))
+        return x.view(-1, self.length, self.patch).transpose(0, 1)
+
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, channels, patches) of expression (B, G)."""
-        x = nn.functional.pad(self.to_places(x), (0, self.length * self.patch - self.places))
-        x = x.view(-1, self.length, self.patch).transpose(0, 1)
-        return (torch.bmm(x, self.read_in) + self.embedding[:, None, :]).permute(1, 2, 0)
+        return (torch.bmm(self.patches(x), self.read_in) + self.embedding[:, None, :]).permute(1, 2, 0)
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """Gene values (B, G) of hidden tokens (B, channels, patches)."""
+    def values(self, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+        """Gene values (B, G) of hidden tokens (B, channels, patches).
+
+        With ``functions`` also of the expression (B, G) that the tokens are of.
+        """
         hidden = nn.functional.silu(self.norm(hidden)).permute(2, 0, 1)
-        values = torch.bmm(hidden, self.read_out).transpose(0, 1).flatten(1)
+        values = torch.bmm(hidden, self.read_out)
+        if self.functions:
+            weights = torch.bmm(hidden, self.own_read_out.flatten(2)).unflatten(2, (self.functions, self.patch))
+            values = values + (self.of_own_values(x) * (weights + self.own_bias[:, None])).sum(2)
+        values = values.transpose(0, 1).flatten(1)
         return self.to_genes(values[:, : self.places] + self.bias)
+
+    def of_own_values(self, x: Tensor) -> Tensor:
+        """Functions (patches, B, functions, patch) of each gene's own value, of expression (B, G)."""
+        own = self.patches(x)[:, :, None]
+        return torch.cat([own, nn.functional.silu(self.own_scale[:, None] * own + self.own_shift[:, None])], dim=2)

@@ -91,4 +91,4 @@ class PatchTransformer(nn.Module):
         h = self.genes.tokens(x).transpose(1, 2)
         for block in self.blocks:
             h = block(h, embedding)
-        return self.genes.values(h.transpose(1, 2))
+        return self.genes.values(h.transpose(1, 2), x)

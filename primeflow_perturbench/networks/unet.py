@@ -149,4 +149,4 @@ class UNet(nn.Module):
         h = self.middle_out(self.attention(self.middle_in(h, embedding)), embedding)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), embedding) if isinstance(layer, ResidualBlock) else layer(h)
-        return self.genes.values(h[..., :length])
+        return self.genes.values(h[..., :length], x)

@@ -98,6 +98,58 @@ def test_the_read_out_of_patches_equals_a_loop(n_genes, patch):
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("n_genes", "patch", "functions"), [(13, 4, 1), (13, 4, 3), (5, 8, 6)])
+def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
+    genes = randomised(GenePatches(n_genes, CHANNELS, patch, functions=functions))
+    plain = GenePatches(n_genes, CHANNELS, patch)
+    plain.load_state_dict({name: genes.state_dict()[name] for name in plain.state_dict()})
+    hidden, x = random(2, CHANNELS, genes.length, seed=1), random(2, n_genes, seed=2)
+    active = silu(plain_norm(hidden.numpy(), genes.norm))
+    own = {name: value.detach().numpy() for name, value in genes.named_parameters() if name.startswith("own")}
+    values, without = (of.values(hidden, x).detach().numpy() for of in (genes, plain))
+    for b in range(2):
+        for g in range(n_genes):
+            p, k = divmod(g, patch)
+            expected = without[b, g]
+            for f in range(functions):
+                value = x[b, g].item()
+                if f > 0:
+                    bent = value * own["own_scale"][p, f - 1, k] + own["own_shift"][p, f - 1, k]
+                    value = bent / (1 + np.exp(-bent))
+                expected += value * (active[b, :, p] @ own["own_read_out"][p, :, f, k] + own["own_bias"][p, f, k])
+            np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_functions_of_own_values_are_silent_at_first_and_bend_apart():
+    genes = GenePatches(13, CHANNELS, 4, functions=5)
+    x = random(2, 13)
+    assert (genes.values(random(2, CHANNELS, genes.length), x) == 0).all()
+    with pytest.raises(ValueError, match="functions or some, got -1"):
+        GenePatches(13, CHANNELS, 4, functions=-1)
+    assert len({tuple(row.tolist()) for row in genes.own_shift[0].detach()}) == 4
+    assert genes.own_read_out.numel() == 4 * CHANNELS * 5 * 4
+
+
+def test_what_a_token_cannot_carry_is_read_from_the_value_itself():
+    """One channel for eight genes, each of which is to be answered with its own square."""
+    x = random(4096, 8)
+    errors = []
+    for functions in (0, 1, 5):
+        torch.manual_seed(0)
+        genes = GenePatches(8, 1, 8, functions=functions)
+        optimiser = torch.optim.Adam(genes.parameters(), lr=0.05)
+        for _ in range(300):
+            loss = (genes.values(genes.tokens(x), x) - x**2).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        errors.append(loss.item())
+    variance = 2.0
+    assert errors[0] > 0.9 * variance
+    assert errors[1] > 0.9 * variance
+    assert errors[2] < 0.2 * variance
+
+
 def test_the_padding_of_the_last_patch_touches_no_value():
     genes = randomised(GenePatches(13, CHANNELS, 8))
     x, hidden = random(3, 13), random(3, CHANNELS, 2, seed=1)
