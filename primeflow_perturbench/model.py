@@ -104,9 +104,9 @@ class PRiMeFlow(PerturbationModel):
         all positive values.
     calibrate
         ``"mean"``: the cells of a condition are moved to the mean that a linear mixed model of the training conditions
-        predicts for it; ``"marginals"``: to its share of cells that express each gene as well; ``"none"``: they stay,
-        see `cells.calibration` and `cells.marginals`. Training learns the model where this is not "none", and cannot do
-        so afterwards.
+        predicts for it; ``"marginals"``: to its share of cells that express each gene as well, and to no more than
+        its spread of their values; ``"none"``: they stay, see `cells.calibration` and `cells.marginals`. Training
+        learns the model where this is not "none", and cannot do so afterwards.
     calibration_cells
         The first cells of each condition that say how it is to be moved; they are generated also where fewer are
         asked for.
@@ -479,9 +479,13 @@ class PRiMeFlow(PerturbationModel):
             unseen, plain = self.encoder.unseen(condition).cpu(), self.encoder.without_external(condition)
             made = np.where(unseen, counts, np.maximum(counts, self.calibration_cells))
             raw = generator.stream(condition, made, self.space.decode)
-            means, rates = (part.cpu() for part in self._marginals()(plain, limit or 0.0))
-            known = rates if self.calibrate == "marginals" and limit is not None else None
-            blocks = calibrated(raw, counts, means, known, limit, self.calibration_cells, unseen.tolist())
+            marginals = self._marginals()
+            means, rates = marginals(plain, limit or 0.0)
+            whole = self.calibrate == "marginals" and limit is not None
+            asked = (rates, marginals.spreads(plain, means, rates)) if whole else (None, None)
+            rates, spreads = (None if part is None else part.cpu() for part in asked)
+            first = self.calibration_cells
+            blocks = calibrated(raw, counts, means.cpu(), rates, limit, first, unseen.tolist(), spreads)
         else:
             blocks = generator.stream(condition, counts, lambda z: decode_expression(self.space.decode(z), limit))
         for row, first, cells in blocks:

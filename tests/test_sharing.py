@@ -439,7 +439,10 @@ BROKEN = {
     "context lost": (remove("context", "perturbation_key"), "context must be an object of perturbation_key"),
     "negative limit": (change(("learnt", "detection_limit"), -1.0), "detection_limit must be a number"),
     "learnt something else": (change(("learnt", "code"), "print()"), "learnt must be an object with no more than"),
-    "marginals half": (remove("learnt", "marginals", "rates"), "marginals must be an object of means and rates"),
+    "marginals half": (
+        remove("learnt", "marginals", "rates"),
+        "marginals must be an object of means, rates and squares",
+    ),
     "layout of others": (
         change(("learnt", "marginals", "means", "layout", "covariates"), [5, 1]),
         "marginals.means must be an object of the layout",

@@ -3,7 +3,9 @@
 A flow gives the joint distribution of a condition's genes well, the mean of a condition that it never saw less well
 than a linear mixed model does (`cells.means`), and too many small values where measured cells have zeros. So the values
 of each gene are mapped, by one increasing function for all cells of the condition, onto the mean and, where that is
-asked for, the detection rate that the training cells predict (`cells.marginals`). Ranks of cells within a gene stay.
+asked for, the detection rate that the training cells predict (`cells.marginals`). The values that are left above 0 then
+reach further down than measured ones, into the gap that a flow fills: they are drawn together where they spread more
+than the training cells predict. Ranks of cells within a gene stay.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +21,8 @@ from primeflow_perturbench.cells.generation import Block
 
 # Halvings of an interval of some log1p units: to 1e-6.
 HALVINGS = 24
+# Values above 0 are drawn together to no less than so much of their spread, and where so many cells tell it.
+LEAST_SCALE, TELLING = 0.5, 5
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,32 @@ class MarginalMap:
         As in `decode_expression`.
     threshold
         Values up to here become 0, shape (G,); ``None`` leaves the zeros to the detection limit.
+    scale
+        What the values that are not zero are multiplied with, shape (G,); ``None`` is 1. Needs a threshold.
     """
 
     shift: Tensor
     detection_limit: float | None
     threshold: Tensor | None = None
+    scale: Tensor | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
         """Expression (n, G) of values (n, G)."""
         if self.threshold is None:
             return decode_expression(values + self.shift, self.detection_limit)
         limit = self.detection_limit or 0.0
-        seen = (values.clamp(min=limit) + self.shift).clamp(min=limit)
+        seen = values.clamp(min=limit)
+        seen = ((seen if self.scale is None else self.scale * seen) + self.shift).clamp(min=limit)
         return torch.where(values > self.threshold, seen, 0.0)
 
     @classmethod
     def fit(
-        cls, values: Tensor, mean: Tensor, detection_limit: float | None, rate: Tensor | None = None
+        cls,
+        values: Tensor,
+        mean: Tensor,
+        detection_limit: float | None,
+        rate: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> "MarginalMap":
         """The largest shift with which no gene's mean is above its target, to 1e-6.
 
@@ -63,15 +76,18 @@ class MarginalMap:
             As in `decode_expression`.
         rate
             Share of cells that are to be above 0, to the nearest cell, shape (G,); ``None`` leaves it to the mean.
+        spread
+            Most that the standard deviation of values above 0 should be, shape (G,); ``None`` leaves it. Needs a rate.
         """
         threshold = None if rate is None else _threshold(values, rate)
+        scale = None if spread is None else _scale(values, threshold, spread, detection_limit or 0.0)
         reach = values.abs().amax(0) + mean + (detection_limit or 0.0)
         low, high = -reach, reach
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            above = cls(middle, detection_limit, threshold)(values).mean(0) > mean
+            above = cls(middle, detection_limit, threshold, scale)(values).mean(0) > mean
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return cls(low, detection_limit, threshold)
+        return cls(low, detection_limit, threshold, scale)
 
 
 def _threshold(values: Tensor, rate: Tensor) -> Tensor:
@@ -83,6 +99,16 @@ def _threshold(values: Tensor, rate: Tensor) -> Tensor:
     return ordered.gather(0, (n - kept)[None])[0]
 
 
+def _scale(values: Tensor, threshold: Tensor, spread: Tensor, limit: float) -> Tensor:
+    """What brings the standard deviation of the values (n, G) above a threshold (G,) down to ``spread`` (G,)."""
+    above, values = values > threshold, values.clamp(min=limit)
+    n = above.sum(0)
+    mean = (values * above).sum(0) / n.clamp(min=1)
+    own = (((values - mean) ** 2 * above).sum(0) / n.clamp(min=1)).sqrt()
+    scale = (spread / own.clamp(min=1e-6)).clamp(LEAST_SCALE, 1.0)
+    return torch.where(n >= TELLING, scale, 1.0)
+
+
 def calibrated(
     blocks: Iterable[Block],
     counts: Sequence[int],
@@ -91,6 +117,7 @@ def calibrated(
     detection_limit: float | None,
     reference: int,
     apart: Sequence[bool] | None = None,
+    spreads: Tensor | None = None,
 ) -> Iterator[Block]:
     """Decoded blocks of the first ``counts[row]`` cells of each row, with ``means[row]`` and ``rates[row]``.
 
@@ -113,6 +140,8 @@ def calibrated(
         Cells that find the map.
     apart
         Rows that are decoded alone, since nothing is known of their means, length N; ``None`` is none.
+    spreads
+        Standard deviations of values above 0, shape (N, G), or ``None``.
     """
     for row, of_row in groupby(blocks, key=itemgetter(0)):
         held, decode = [], None
@@ -123,7 +152,8 @@ def calibrated(
             held.append((first, values))
             if decode is None and first + len(values) >= reference:
                 known = torch.cat([values for _, values in held])[:reference]
-                decode = MarginalMap.fit(known, means[row], detection_limit, None if rates is None else rates[row])
+                rate, spread = (None if asked is None else asked[row] for asked in (rates, spreads))
+                decode = MarginalMap.fit(known, means[row], detection_limit, rate, spread)
             if decode is not None:
                 for start, part in held:
                     wanted = part[: max(0, int(counts[row]) - start)]

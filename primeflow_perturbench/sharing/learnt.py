@@ -13,7 +13,8 @@ from primeflow_perturbench.sharing.settings import fits
 from primeflow_perturbench.sharing.tensors import Shape
 
 PARTS = ("detection_limit", "controls", "marginals")
-MARGINALS = ("means", "rates")
+# Models that were saved before there were squares have none.
+MARGINALS, MORE_MARGINALS = {"means", "rates"}, {"squares"}
 
 
 def check_learnt(learnt: Any, encoder: ConditionEncoder, where: str) -> None:
@@ -38,8 +39,8 @@ def check_learnt(learnt: Any, encoder: ConditionEncoder, where: str) -> None:
     if "marginals" not in learnt:
         return
     marginals = learnt["marginals"]
-    if not isinstance(marginals, dict) or set(marginals) != set(MARGINALS):
-        raise InputError(f"{where}.marginals must be an object of {' and '.join(MARGINALS)}; save the model again")
+    if not isinstance(marginals, dict) or not MARGINALS <= set(marginals) <= MARGINALS | MORE_MARGINALS:
+        raise InputError(f"{where}.marginals must be an object of means, rates and squares; save the model again")
     for name, part in marginals.items():
         if not isinstance(part, dict) or set(part) != {"layout"} or not _is_layout(part["layout"], encoder):
             raise InputError(

@@ -51,6 +51,26 @@ def test_rates_are_the_mixed_model_of_indicators():
     torch.testing.assert_close(ConditionMarginals.fit(ENCODER, survey())(condition("b", "P"), LIMIT)[1], expected)
 
 
+def test_spreads_are_those_of_the_values_above_zero():
+    """Measured ones as they are; of cells at one height only, hardly any; unknown to models without squares."""
+    generator = torch.Generator().manual_seed(5)
+    seen = {key: x * (1 + 0.3 * torch.randn(x.shape, generator=generator)).clamp(min=0.1) for key, x in SEEN.items()}
+    spread, level = MarginalSurvey(), MarginalSurvey()
+    for key, x in seen.items():
+        spread.add(condition(*key).expand(len(x), -1), x)
+        level.add(condition(*key).expand(len(x), -1), (x > 0).float())
+    for key, x in seen.items():
+        of_values, of_heights = (ConditionMarginals.fit(ENCODER, of) for of in (spread, level))
+        found = of_values.spreads(condition(*key), *of_values(condition(*key), 0.05))[0]
+        expected = torch.stack([column[column > 0].std() for column in x.T])
+        torch.testing.assert_close(found, expected, rtol=0.15, atol=0.03)
+        assert of_heights.spreads(condition(*key), *of_heights(condition(*key), 0.05)).max() < 0.2
+    without = ConditionMarginals(of_values.means, of_values.rates)
+    assert without.spreads(condition("a"), *without(condition("a"), 0.05)) is None
+    assert set(without.state()) == {"means", "rates"}
+    assert ConditionMarginals.from_state(without.state()).squares is None
+
+
 @pytest.mark.parametrize("limit", [0.0, LIMIT, 3.0])
 def test_values_at_or_above_the_limit_can_have_both(limit):
     """Of seeds and conditions unlike any other, none asks for what no cells can have."""
