@@ -27,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "blocks": 2,
         "patch": None,
         "functions": 0,
+        "direct": False,
         "precondition": False,
     },
     "primeflow_fast": {
@@ -35,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "blocks": 2,
         "patch": 16,
         "functions": 5,
+        "direct": True,
         "precondition": True,
     },
 }
@@ -50,12 +52,13 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
     from primeflow_perturbench.networks.unet import UNet
 
     settings = RECIPES[recipe] | changed
-    patch, functions, precondition = (settings.pop(name) for name in ("patch", "functions", "precondition"))
+    patch, precondition = settings.pop("patch"), settings.pop("precondition")
+    reading = {name: settings.pop(name) for name in ("functions", "direct")}
 
     def genes(n_genes: int, channels: int):
         if patch is None:
             return GeneTokens(n_genes, channels)
-        return GenePatches(n_genes, channels, patch=patch, functions=functions)
+        return GenePatches(n_genes, channels, patch=patch, **reading)
 
     torch.manual_seed(0)
     network = UNet(n_genes, condition_width, attention=True, genes=genes, **settings)

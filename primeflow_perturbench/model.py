@@ -36,6 +36,7 @@ from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_norm
 from primeflow_perturbench.flow.sampling import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.conditions import External, MultiHot
+from primeflow_perturbench.networks.layers import TimeConditionEmbedding
 from primeflow_perturbench.networks.preconditioning import WEIGHTS, GaussianPreconditioning
 from primeflow_perturbench.sharing.folder import load_model, save_model
 from primeflow_perturbench.sharing.sample import sample_conditions
@@ -235,6 +236,10 @@ class PRiMeFlow(PerturbationModel):
             torch.manual_seed(seed or 0)
             self.conditions = conditions(self.n_input_perturbation_features, self.covariates)
             self.network = network(self.space.width, self.conditions.width)
+            if type(self.conditions) is MultiHot and perturbation_embedding_width is None:
+                for module in self.network.modules():
+                    if isinstance(module, TimeConditionEmbedding):
+                        module.expect_multi_hot()
         if perturbation_embedding_width is not None and type(self.conditions) is not MultiHot:
             raise InputError(
                 "perturbation_embeddings_path of the data puts embeddings in the place of perturbations; leave it out "

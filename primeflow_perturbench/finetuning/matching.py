@@ -191,10 +191,13 @@ def of_patches(genes: GenePatches, new: State, old: State, axis: Match) -> Itera
             by_slot = new[name].clone().movedim(axis_of_slot, 1)
             by_slot[patch, slot] = old[name].movedim(axis_of_slot, 1)[patch, slot]
             yield name, by_slot.movedim(1, axis_of_slot)
-    bias = new["bias"].clone()
-    kept = kept[kept < min(len(bias), len(old["bias"]))]
-    bias[kept] = old["bias"][kept]
-    yield "bias", bias
+    kept = kept[kept < min(len(new["bias"]), len(old["bias"]))]
+    for name in genes.OF_PLACES:
+        if name in new:
+            refuse_other_shape(name, old[name].shape[:-1], new[name].shape[:-1])
+            of_places = new[name].clone()
+            of_places[..., kept] = old[name][..., kept]
+            yield name, of_places
 
 
 def of_mlp(network: MLP, new: State, old: State, axis: Match) -> Iterator[tuple[str, Tensor]]:

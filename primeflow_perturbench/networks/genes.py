@@ -183,8 +183,11 @@ class GeneTokens(GeneLayout):
         """Tokens (B, channels, P) of expression (B, G)."""
         return self.to_places(x)[:, None, :] * self.value[:, None] + self.embedding
 
-    def values(self, hidden: Tensor, x: Tensor | None = None) -> Tensor:
-        """Gene values (B, G) of hidden tokens (B, channels, P); the expression (B, G) is not looked at again."""
+    def read_embedding(self, width: int) -> None:
+        """Tokens have no weights that read an embedding of time and condition."""
+
+    def values(self, hidden: Tensor, x: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+        """Gene values (B, G) of hidden tokens (B, channels, P), which know all else."""
         return self.to_genes(self.read_out(hidden)[:, 0, :])
 
 
@@ -202,6 +205,10 @@ class GenePatches(GeneLayout):
 
     The first is the value itself; the others, ``SiLU(w_gk x_g + u_gk)``, bend at points that are learnt.
 
+    What a condition does to a gene must else pass through FiLM, which is the same for all patches. With ``direct`` each
+    gene also reads the embedding y of time and condition, ``v_g += <SiLU(y), r_g>``, so that a shift of its mean is
+    as easy to learn as an additive model's.
+
     Parameters
     ----------
     n_genes
@@ -212,6 +219,8 @@ class GenePatches(GeneLayout):
         Genes in a patch.
     functions
         Functions of a gene's own value that its velocity is read from.
+    direct
+        Whether each gene reads the embedding of time and condition, whose width `read_embedding` tells.
     order
         Which genes are consecutive: ``file``, as they come, or ``correlation`` or ``chromosome``, which
         `cells.gene_knowledge` finds before training and hands to `set_order`. Checkpoints hold it.
@@ -226,7 +235,8 @@ class GenePatches(GeneLayout):
     """
 
     ORDERS = ("file", "correlation", "chromosome")
-    # Weights of the places in a patch, by patch.
+    # Weights of places, their last axis; and of the places in a patch, by patch.
+    OF_PLACES = ("bias", "direct_read_out")
     OF_SLOTS = ("read_in", "read_out", "own_scale", "own_shift", "own_bias", "own_read_out")
     # Where functions of a value bend at first, in standard deviations of noise: few genes of a cell are above 2.
     BENDS = (-1.0, 0.5, 2.0, 4.0)
@@ -239,6 +249,7 @@ class GenePatches(GeneLayout):
         order: str = "file",
         initial_vectors: str | None = None,
         functions: int = 0,
+        direct: bool = False,
     ):
         super().__init__(n_genes)
         if patch < 1:
@@ -248,6 +259,7 @@ class GenePatches(GeneLayout):
         if functions < 0:
             raise ValueError(f"gene patches need no functions or some, got {functions}")
         self.patch, self.channels, self.functions = patch, channels, functions
+        self.direct, self.embedding_width = direct, 0
         self.order_by, self.initial_vectors = order, initial_vectors
         if order != "file":
             self.order = torch.arange(n_genes)
@@ -272,6 +284,14 @@ class GenePatches(GeneLayout):
             self.new_parameter("own_shift", -bends[:, None].expand(shape).clone())
             self.new_parameter("own_bias", torch.zeros(self.length, self.functions, self.patch))
             self.new_parameter("own_read_out", torch.zeros(self.length, self.channels, self.functions, self.patch))
+        if self.embedding_width:
+            self.new_parameter("direct_read_out", torch.zeros(self.embedding_width, self.places))
+
+    def read_embedding(self, width: int) -> None:
+        """Make the weights that read an embedding of so many features, where there are to be such."""
+        if self.direct:
+            self.embedding_width = width
+            self.new_parameter("direct_read_out", torch.zeros(width, self.places))
 
     def set_order(self, order: Tensor) -> None:
         """Take the gene at each place (G,), before training: the weights belong to places.
@@ -310,18 +330,21 @@ class GenePatches(GeneLayout):
         """Tokens (B, channels, patches) of expression (B, G)."""
         return (torch.bmm(self.patches(x), self.read_in) + self.embedding[:, None, :]).permute(1, 2, 0)
 
-    def values(self, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+    def values(self, hidden: Tensor, x: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """Gene values (B, G) of hidden tokens (B, channels, patches).
 
-        With ``functions`` also of the expression (B, G) that the tokens are of.
+        With ``functions`` also of the expression (B, G) that the tokens are of, with ``direct`` also of the embedding
+        (B, W) of time and condition.
         """
         hidden = nn.functional.silu(self.norm(hidden)).permute(2, 0, 1)
         values = torch.bmm(hidden, self.read_out)
         if self.functions:
             weights = torch.bmm(hidden, self.own_read_out.flatten(2)).unflatten(2, (self.functions, self.patch))
             values = values + (self.of_own_values(x) * (weights + self.own_bias[:, None])).sum(2)
-        values = values.transpose(0, 1).flatten(1)
-        return self.to_genes(values[:, : self.places] + self.bias)
+        values = values.transpose(0, 1).flatten(1)[:, : self.places] + self.bias
+        if self.embedding_width:
+            values = values + nn.functional.silu(embedding) @ self.direct_read_out
+        return self.to_genes(values)
 
     def of_own_values(self, x: Tensor) -> Tensor:
         """Functions (patches, B, functions, patch) of each gene's own value, of expression (B, G)."""

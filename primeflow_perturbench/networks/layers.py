@@ -54,6 +54,16 @@ class TimeConditionEmbedding(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Sequential(nn.Linear(condition_width, width), nn.SiLU(), nn.Linear(width, width))
 
+    @torch.no_grad()
+    def expect_multi_hot(self) -> None:
+        """Scale the first weights for condition vectors in which few features are not 0.
+
+        A linear layer's first weights suppose that all C features are, and are 1 / sqrt(C) so small. To a few of them
+        the embedding would hardly listen, and the network would learn late what a condition does.
+        """
+        first = self.condition[0].weight
+        first.mul_(first.shape[1] ** 0.5)
+
     def forward(self, t: Tensor, condition: Tensor) -> Tensor:
         """Embedding (B, width) of times (B,) and conditions (B, C)."""
         return self.time(sinusoidal_embedding(t, self.width)) + self.condition(condition)

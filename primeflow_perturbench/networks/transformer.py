@@ -78,6 +78,7 @@ class PatchTransformer(nn.Module):
                 f"channels {channels}, depth {depth}, heads {heads}, expansion {expansion}"
             )
         self.genes = genes(n_genes, channels)
+        self.genes.read_embedding(channels)
         self.embed = TimeConditionEmbedding(condition_width, channels)
         self.blocks = nn.ModuleList(
             AdaptiveBranch(channels, channels, branch)
@@ -91,4 +92,4 @@ class PatchTransformer(nn.Module):
         h = self.genes.tokens(x).transpose(1, 2)
         for block in self.blocks:
             h = block(h, embedding)
-        return self.genes.values(h.transpose(1, 2), x)
+        return self.genes.values(h.transpose(1, 2), x, embedding)

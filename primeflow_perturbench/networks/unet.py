@@ -105,6 +105,7 @@ class UNet(nn.Module):
         widths = [channels * multiplier for multiplier in multipliers]
         embedding_width = 4 * channels
         self.genes = genes(n_genes, channels)
+        self.genes.read_embedding(embedding_width)
         self.embed = TimeConditionEmbedding(condition_width, embedding_width)
         self.stride = 2 ** (len(widths) - 1)
 
@@ -149,4 +150,4 @@ class UNet(nn.Module):
         h = self.middle_out(self.attention(self.middle_in(h, embedding)), embedding)
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], dim=1), embedding) if isinstance(layer, ResidualBlock) else layer(h)
-        return self.genes.values(h[..., :length], x)
+        return self.genes.values(h[..., :length], x, embedding)

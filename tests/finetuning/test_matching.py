@@ -25,14 +25,14 @@ NETWORKS = {
     "mlp": partial(MLP, width=16, depth=2, embedding_width=8),
     "residual_mlp": partial(ResidualMLP, width=16, depth=1, embedding_width=8),
     "tokens": partial(UNET, genes=GeneTokens),
-    "patches": partial(UNET, genes=partial(GenePatches, patch=4, functions=3)),
+    "patches": partial(UNET, genes=partial(GenePatches, patch=4, functions=3, direct=True)),
     "ordered": partial(UNET, genes=partial(GenePatches, patch=4, order="correlation")),
     "transformer": partial(PatchTransformer, channels=8, depth=1, heads=2, genes=partial(GenePatches, patch=4)),
 }
 
 OTHER = {
     "narrow_mlp": partial(MLP, width=8, depth=2, embedding_width=8),
-    "long_patches": partial(UNET, genes=partial(GenePatches, patch=8, functions=3)),
+    "long_patches": partial(UNET, genes=partial(GenePatches, patch=8, functions=3, direct=True)),
 }
 
 

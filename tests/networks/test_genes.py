@@ -120,6 +120,28 @@ def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["file", "correlation"])
+def test_what_a_gene_reads_of_the_embedding_is_its_own_product(order):
+    genes = GenePatches(13, CHANNELS, 4, order=order, direct=True)
+    if order != "file":
+        genes.set_order(torch.arange(13).flip(0))
+    genes.read_embedding(6)
+    hidden, embedding = random(2, CHANNELS, genes.length, seed=1), random(2, 6, seed=2)
+    assert (genes.values(hidden, None, embedding) == 0).all()
+    genes = randomised(genes)
+    without = genes.values(hidden, None, torch.zeros(2, 6)).detach().numpy()
+    values = genes.values(hidden, None, embedding).detach().numpy()
+    weights, active = genes.direct_read_out.detach().numpy(), silu(embedding.numpy())
+    for b in range(2):
+        for g in range(13):
+            place = g if order == "file" else 12 - g
+            expected = without[b, g] + sum(active[b, w] * weights[w, place] for w in range(6))
+            np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
+    plain = GenePatches(13, CHANNELS, 4)
+    plain.read_embedding(6)
+    assert not any("direct" in name for name, _ in plain.named_parameters())
+
+
 def test_functions_of_own_values_are_silent_at_first_and_bend_apart():
     genes = GenePatches(13, CHANNELS, 4, functions=5)
     x = random(2, 13)

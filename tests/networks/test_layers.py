@@ -121,3 +121,16 @@ def test_a_fresh_adaptive_branch_passes_its_input_on_and_can_learn():
     shift, scale, gate = block.modulation.weight.grad.chunk(3)
     assert gate.abs().max() > 1e-3
     assert shift.abs().max() == scale.abs().max() == 0
+
+
+def test_one_feature_of_many_is_heard_as_loudly_as_all_of_them():
+    """Of 400 features one is 1: the first layer answers as a layer of dense features of unit size would."""
+    torch.manual_seed(0)
+    dense, sparse = TimeConditionEmbedding(400, 64), TimeConditionEmbedding(400, 64)
+    sparse.expect_multi_hot()
+    for embedding in (dense, sparse):
+        torch.nn.init.zeros_(embedding.condition[0].bias)
+    one, all_ = torch.eye(400)[:1], torch.randn(1, 400)
+    heard = dense.condition[0](all_).std()
+    assert 0.5 < sparse.condition[0](one).std() / heard < 2
+    assert dense.condition[0](one).std() / heard < 0.1

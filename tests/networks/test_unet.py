@@ -292,7 +292,7 @@ def test_a_length_that_the_stride_does_not_divide_is_padded_with_zeros_behind(n_
     extra = max(8, math.ceil(n_genes / 4) * 4) - n_genes
     plain_tokens, plain_values = network.genes.tokens, network.genes.values
     padded.genes.tokens = lambda x: nn.functional.pad(plain_tokens(x), (0, extra))
-    padded.genes.values = lambda hidden, x: plain_values(hidden[..., :n_genes], x)
+    padded.genes.values = lambda hidden, *of: plain_values(hidden[..., :n_genes], *of)
     torch.testing.assert_close(padded(x, t, condition), network(x, t, condition), rtol=0, atol=0)
 
 
