@@ -179,7 +179,9 @@ def write_context_split(whole: AtlasCells, narrowing: dict, heldout: Path, targe
     return target
 
 
-def run_rows_of_atlas(runs: Path, common: list[str], data: dict[str, list[str]], steps: Sequence[int]) -> None:
+def run_rows_of_atlas(
+    runs: Path, common: list[str], data: dict[str, list[str]], steps: Sequence[int], with_narrowed: bool
+) -> None:
     """Train every row of one seed on the files of an atlas and on the context, in folders of their names."""
     pretraining, finetuning = steps
     common = [*common, "test=false", "references=[]"]
@@ -189,7 +191,8 @@ def run_rows_of_atlas(runs: Path, common: list[str], data: dict[str, list[str]],
     run(runs / "pretrained", [*alone, *begin, *NO_STEP])
     run(runs / "finetuned_context", [*alone, *begin, *lasting(finetuning)])
     run(runs / "finetuned", [*narrowed, *begin, *lasting(finetuning)])
-    run(runs / "narrowed", [*narrowed, *lasting(pretraining + finetuning)])
+    if with_narrowed:
+        run(runs / "narrowed", [*narrowed, *lasting(pretraining + finetuning)])
 
 
 def additive(whole: AtlasCells, cells: SplitCells, n_cells: int) -> ad.AnnData:
@@ -251,10 +254,10 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
     models["ceiling"] = replicates(adata, test)
     for seed in chosen.seeds:
         folder = runs / f"seed{seed}"
-        run_rows_of_atlas(
-            folder, [*COMMON, PATCH_OF_ATLAS, *(QUICK if chosen.quick else []), f"seed={seed}"], data, chosen.steps
-        )
-        for name in ROWS:
+        given = [*COMMON, PATCH_OF_ATLAS, *(QUICK if chosen.quick else []), f"seed={seed}"]
+        rows_of_seed = [name for name in ROWS if name != "narrowed" or seed in (chosen.narrowed_seeds or chosen.seeds)]
+        run_rows_of_atlas(folder, given, data, chosen.steps, "narrowed" in rows_of_seed)
+        for name in rows_of_seed:
             models[f"{name} {seed}"] = predict(folder / name, runs / "conditions.csv")
     measured = adata[cells.rows(["test"])].copy()
     columns = {
@@ -289,12 +292,10 @@ def predict(folder: Path, conditions: Path) -> ad.AnnData:
 
 
 def seconds_of(runs: Path, seeds: Sequence[int]) -> dict[str, float]:
-    """Seconds of each run."""
-    return {
-        f"{name}, seed {seed}": json.loads((runs / f"seed{seed}" / name / "environment.json").read_text())["seconds"]
-        for seed in seeds
-        for name in ("pretraining", *ROWS)
-    }
+    """Seconds of each run that there is."""
+    records = {f"{name}, seed {seed}": runs / f"seed{seed}" / name for seed in seeds for name in ("pretraining", *ROWS)}
+    records = {name: folder / "environment.json" for name, folder in records.items()}
+    return {name: json.loads(file.read_text())["seconds"] for name, file in records.items() if file.is_file()}
 
 
 def as_markdown(result: dict) -> str:
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--test", nargs="+", default=[], help="with --cells: perturbations to predict there")
     parser.add_argument("--steps", type=int, nargs=2, default=[800, 200], help="of pretraining and of finetuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--narrowed-seeds", type=int, nargs="+", help="of an atlas's longest row (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"), help="folder for the runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small network, few steps, one seed: only to see it run")
