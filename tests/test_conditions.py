@@ -76,8 +76,20 @@ def test_multi_hot_has_the_parameters_and_first_weights_of_a_network_by_itself()
     alone = MLP(len(GENES), width, width=8, depth=1, embedding_width=4)
     found = {name: value for name, value in model.state_dict().items() if name.startswith("network.")}
     assert set(model.state_dict()) - set(found) == set(build().space.state_dict(prefix="space."))
-    for name, value in alone.state_dict().items():
+    heard = alone.state_dict()["embed.condition.0.weight"] * width**0.5
+    for name, value in (alone.state_dict() | {"embed.condition.0.weight": heard}).items():
         assert torch.equal(found[f"network.{name}"], value)
+
+
+def test_only_multi_hot_vectors_get_larger_first_weights():
+    """What else a network reads has features that are not 0 most of the time."""
+    first = {}
+    for name, conditions in (("multi_hot", MultiHot), ("learned", partial(Learned, width=4))):
+        weight = build(conditions=conditions).network.embed.condition[0].weight
+        # First weights of a linear layer are even within 1 / sqrt(C).
+        first[name] = float(weight.abs().max() * weight.shape[1] ** 0.5)
+    assert first["learned"] <= 1
+    assert first["multi_hot"] > 1.5
 
 
 # --- tables
