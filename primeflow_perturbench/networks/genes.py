@@ -278,7 +278,9 @@ class GenePatches(GeneLayout):
         self.new_parameter("read_out", torch.zeros(self.length, self.channels, self.patch))
         self.new_parameter("bias", torch.zeros(self.places))
         if self.functions:
-            bends = torch.tensor([self.BENDS[k % len(self.BENDS)] for k in range(self.functions - 1)])
+            n = len(self.BENDS)
+            # Two that bend at one point would learn the same for ever.
+            bends = torch.tensor([self.BENDS[k % n] + 0.1 * (k // n) for k in range(self.functions - 1)])
             shape = (self.length, len(bends), self.patch)
             self.new_parameter("own_scale", torch.ones(shape))
             self.new_parameter("own_shift", -bends[:, None].expand(shape).clone())

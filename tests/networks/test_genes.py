@@ -143,13 +143,13 @@ def test_what_a_gene_reads_of_the_embedding_is_its_own_product(order):
 
 
 def test_functions_of_own_values_are_silent_at_first_and_bend_apart():
-    genes = GenePatches(13, CHANNELS, 4, functions=5)
+    genes = GenePatches(13, CHANNELS, 4, functions=10)
     x = random(2, 13)
     assert (genes.values(random(2, CHANNELS, genes.length), x) == 0).all()
     with pytest.raises(ValueError, match="functions or some, got -1"):
         GenePatches(13, CHANNELS, 4, functions=-1)
-    assert len({tuple(row.tolist()) for row in genes.own_shift[0].detach()}) == 4
-    assert genes.own_read_out.numel() == 4 * CHANNELS * 5 * 4
+    assert len({tuple(row.tolist()) for row in genes.own_shift[0].detach()}) == 9
+    assert genes.own_read_out.numel() == 4 * CHANNELS * 10 * 4
 
 
 def test_what_a_token_cannot_carry_is_read_from_the_value_itself():
