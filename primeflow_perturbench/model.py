@@ -55,6 +55,57 @@ TIME_SAMPLINGS = {"uniform": uniform_time, "logit_normal": logit_normal_time}
 SOURCES = ("gaussian", "control")
 
 
+def check_settings(
+    *,
+    condition_dropout: float,
+    guidance: float,
+    source: str,
+    source_noise: float,
+    source_cells: int,
+    coupling: str,
+    time_sampling: str,
+    precondition: bool,
+    loss_weighting: str,
+    detection_limit: float | str | None,
+    calibrate: str,
+    calibration_cells: int,
+    cells_per_condition: int | None,
+) -> None:
+    """Raise `InputError` for a setting of `PRiMeFlow` that is out of range, or that another one rules out."""
+    if not 0 <= condition_dropout < 1:
+        raise InputError(f"condition_dropout must be at least 0 and below 1, got {condition_dropout}")
+    if guidance < 0:
+        raise InputError(f"guidance must be at least 0, got {guidance}")
+    if guidance != 1 and condition_dropout == 0:
+        raise InputError(f"guidance {guidance} needs a null condition: train with condition_dropout above 0")
+    for name, value, known in (
+        ("source", source, SOURCES),
+        ("coupling", coupling, COUPLINGS),
+        ("time_sampling", time_sampling, TIME_SAMPLINGS),
+        ("loss_weighting", loss_weighting, WEIGHTS),
+    ):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not source_noise >= 0:
+        raise InputError(f"source_noise must be at least 0, got {source_noise}")
+    if source_cells < 1:
+        raise InputError(f"source_cells must be at least 1, got {source_cells}")
+    if source == "control" and precondition:
+        raise InputError("precondition supposes a Gaussian source: set precondition=false, or source=gaussian")
+    if loss_weighting != "none" and not precondition:
+        raise InputError(f"loss_weighting={loss_weighting} needs the variances of genes: set precondition=true")
+    if cells_per_condition is not None and cells_per_condition < 1:
+        raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
+    if calibrate not in ("none", "mean", "marginals"):
+        raise InputError(f"calibrate must be 'none', 'mean' or 'marginals', got {calibrate!r}")
+    if calibration_cells < 1:
+        raise InputError(f"calibration_cells must be at least 1, got {calibration_cells}")
+    if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
+        raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
+    if isinstance(detection_limit, float | int) and not detection_limit >= 0:
+        raise InputError(f"detection_limit must be at least 0, got {detection_limit}")
+
+
 class PRiMeFlow(PerturbationModel):
     """Flow matching from Gaussian noise to log1p expression, conditioned on perturbations and covariates.
 
@@ -173,38 +224,21 @@ class PRiMeFlow(PerturbationModel):
         lr_scheduler: Mapping[str, Any] | None = None,
         finetuning: Mapping[str, Any] | None = None,
     ):
-        if not 0 <= condition_dropout < 1:
-            raise InputError(f"condition_dropout must be at least 0 and below 1, got {condition_dropout}")
-        if guidance < 0:
-            raise InputError(f"guidance must be at least 0, got {guidance}")
-        if guidance != 1 and condition_dropout == 0:
-            raise InputError(f"guidance {guidance} needs a null condition: train with condition_dropout above 0")
-        for name, value, known in (
-            ("source", source, SOURCES),
-            ("coupling", coupling, COUPLINGS),
-            ("time_sampling", time_sampling, TIME_SAMPLINGS),
-            ("loss_weighting", loss_weighting, WEIGHTS),
-        ):
-            if value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if not source_noise >= 0:
-            raise InputError(f"source_noise must be at least 0, got {source_noise}")
-        if source_cells < 1:
-            raise InputError(f"source_cells must be at least 1, got {source_cells}")
-        if source == "control" and precondition:
-            raise InputError("precondition supposes a Gaussian source: set precondition=false, or source=gaussian")
-        if loss_weighting != "none" and not precondition:
-            raise InputError(f"loss_weighting={loss_weighting} needs the variances of genes: set precondition=true")
-        if cells_per_condition is not None and cells_per_condition < 1:
-            raise InputError(f"cells_per_condition must be at least 1, got {cells_per_condition}")
-        if calibrate not in ("none", "mean", "marginals"):
-            raise InputError(f"calibrate must be 'none', 'mean' or 'marginals', got {calibrate!r}")
-        if calibration_cells < 1:
-            raise InputError(f"calibration_cells must be at least 1, got {calibration_cells}")
-        if isinstance(detection_limit, str) and detection_limit not in ("learnt", "none"):
-            raise InputError(f"detection_limit must be 'learnt', 'none' or a number, got {detection_limit!r}")
-        if isinstance(detection_limit, float | int) and not detection_limit >= 0:
-            raise InputError(f"detection_limit must be at least 0, got {detection_limit}")
+        check_settings(
+            condition_dropout=condition_dropout,
+            guidance=guidance,
+            source=source,
+            source_noise=source_noise,
+            source_cells=source_cells,
+            coupling=coupling,
+            time_sampling=time_sampling,
+            precondition=precondition,
+            loss_weighting=loss_weighting,
+            detection_limit=detection_limit,
+            calibrate=calibrate,
+            calibration_cells=calibration_cells,
+            cells_per_condition=cells_per_condition,
+        )
         guidance_interval = (0.0, 1.0) if guidance_interval is None else tuple(as_plain(guidance_interval))
         try:
             check_interval(guidance_interval)

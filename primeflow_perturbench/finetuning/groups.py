@@ -7,7 +7,7 @@ from torch import nn
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.networks.conditions import MultiHot
-from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+from primeflow_perturbench.networks.genes import GenePatches, GeneTokens, OwnValues
 from primeflow_perturbench.networks.layers import TimeConditionEmbedding
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
@@ -70,8 +70,11 @@ def _own(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     if isinstance(module, GenePatches):
         # All of its weights but those of the normalisation.
         return {"genes": list(module.parameters(recurse=False))}
+    if isinstance(module, OwnValues):
+        return {"genes": list(module.parameters())}
     if isinstance(module, ResidualMLP):
-        return {"genes": [*module.read_in.parameters(), *module.read_out.parameters()]}
+        ends = (module.read_in, module.read_out, module.direct)
+        return {"genes": [parameter for end in ends if end is not None for parameter in end.parameters()]}
     if isinstance(module, MLP):
         return {"genes": [*module.layers[0].parameters(), *module.layers[-1].parameters()]}
     if isinstance(module, TimeConditionEmbedding):

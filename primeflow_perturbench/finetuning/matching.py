@@ -211,9 +211,12 @@ def of_mlp(network: MLP, new: State, old: State, axis: Match) -> Iterator[tuple[
 
 
 def of_residual_mlp(network: ResidualMLP, new: State, old: State, axis: Match) -> Iterator[tuple[str, Tensor]]:
-    """Columns of the read-in and rows of the read-out."""
-    for name, dim in (("read_in.weight", 1), ("read_out.weight", 0), ("read_out.bias", 0)):
-        yield name, matched(name, new[name], old[name], axis, dim)
+    """Columns of the read-in, rows of the read-outs, and the last axis of what reads a gene's own value."""
+    of_genes = {"read_in.weight": 1, "read_out.weight": 0, "read_out.bias": 0, "direct.weight": 0}
+    of_genes |= dict.fromkeys(("own.scale", "own.shift", "own.bias", "own.read_out"), -1)
+    for name, dim in of_genes.items():
+        if name in new:
+            yield name, matched(name, new[name], old[name], axis, dim)
 
 
 def of_gene_space(space: GeneSpace, new: State, old: State, genes: Match) -> Iterator[tuple[str, Tensor]]:

@@ -49,6 +49,60 @@ def is_layout(order: Tensor, n_genes: int) -> bool:
     return order.ndim == 1 and torch.equal(taken.cpu(), torch.arange(n_genes, device="cpu"))
 
 
+def new_parameter(module: nn.Module, name: str, values: Tensor) -> None:
+    """A parameter of first values, or new first values of one, on its device and frozen if it was."""
+    known = getattr(module, name, None)
+    trains = known is None or known.requires_grad
+    setattr(module, name, nn.Parameter(values if known is None else values.to(known), requires_grad=trains))
+
+
+class OwnValues(nn.Module):
+    """What genes read of their own values: functions of each, added up with weights that a hidden state decides.
+
+    For a gene g of value x with hidden state h, ``sum_k f_gk(x) (<h, s_gk> + d_gk)``. The first function is the value
+    itself; the others, ``SiLU(w_gk x + u_gk)``, bend at points that are learnt. Silent at first.
+
+    Parameters
+    ----------
+    width
+        Features of a hidden state.
+    functions
+        Functions of a value, K.
+
+    Raises
+    ------
+    ValueError
+        If ``functions`` is not positive.
+    """
+
+    # Where functions bend at first, in standard deviations of noise: few genes of a cell are above 2.
+    BENDS = (-1.0, 0.5, 2.0, 4.0)
+
+    def __init__(self, width: int, functions: int):
+        super().__init__()
+        if functions < 1:
+            raise ValueError(f"functions of a gene's own value must be at least 1, or 0 for none, got {functions}")
+        self.width, self.functions = width, functions
+
+    def draw(self, states: int, genes: int) -> None:
+        """Make the weights for so many hidden states and so many genes that read each."""
+        n = len(self.BENDS)
+        # Two that bend at one point would learn the same for ever.
+        bends = torch.tensor([self.BENDS[k % n] + 0.1 * (k // n) for k in range(self.functions - 1)])
+        shape = (states, len(bends), genes)
+        new_parameter(self, "scale", torch.ones(shape))
+        new_parameter(self, "shift", -bends[:, None].expand(shape).clone())
+        new_parameter(self, "bias", torch.zeros(states, self.functions, genes))
+        new_parameter(self, "read_out", torch.zeros(states, self.width, self.functions, genes))
+
+    def forward(self, own: Tensor, hidden: Tensor) -> Tensor:
+        """What genes read (N, B, genes) of their values (N, B, genes) and of the N hidden states (N, B, width)."""
+        weights = torch.bmm(hidden, self.read_out.flatten(2)).unflatten(2, self.read_out.shape[2:])
+        own = own[:, :, None]
+        bent = nn.functional.silu(self.scale[:, None] * own + self.shift[:, None])
+        return (torch.cat([own, bent], dim=2) * (weights + self.bias[:, None])).sum(2)
+
+
 class GeneLayout(nn.Module):
     """The places of genes along a sequence: where each gene stands, and which places are free.
 
@@ -95,12 +149,6 @@ class GeneLayout(nn.Module):
     def draw(self) -> None:
         """Make the parameters that belong to places, with first values."""
         raise NotImplementedError
-
-    def new_parameter(self, name: str, values: Tensor) -> None:
-        """A parameter of first values, or new first values of one, on its device and frozen if it was."""
-        known = getattr(self, name, None)
-        trains = known is None or known.requires_grad
-        setattr(self, name, nn.Parameter(values if known is None else values.to(known), requires_grad=trains))
 
     def to_places(self, x: Tensor) -> Tensor:
         """Values (B, P) by place of values (B, G) by gene, 0 at free places."""
@@ -171,7 +219,7 @@ class GeneTokens(GeneLayout):
 
     def draw(self) -> None:
         """Make the embeddings of places."""
-        self.new_parameter("embedding", torch.randn(len(self.value), self.places if self.gene_embedding else 1))
+        new_parameter(self, "embedding", torch.randn(len(self.value), self.places if self.gene_embedding else 1))
 
     @torch.no_grad()
     def set_gene_vectors(self, vectors: Tensor) -> None:
@@ -198,12 +246,8 @@ class GenePatches(GeneLayout):
     genes, and the sequence is ``patch`` times shorter than with a token a gene.
 
     A token of few channels cannot carry each value of many genes to the read-out, where the velocity of a gene depends
-    on its own value before all others. With ``functions`` the read-out looks at it again: functions ``f_gk`` of the
-    gene's own are added up, weighted by what the token knows of time, condition and the other genes,
-
-        v_g = <h_p, b_g> + c_g + sum_k f_gk(x_g) (<h_p, s_gk> + d_gk).
-
-    The first is the value itself; the others, ``SiLU(w_gk x_g + u_gk)``, bend at points that are learnt.
+    on its own value before all others. With ``functions`` the read-out looks at it again (`OwnValues`), and weighs what
+    it sees by what the token knows of time, condition and the other genes.
 
     What a condition does to a gene must else pass through FiLM, which is the same for all patches. With ``direct`` each
     gene also reads the embedding y of time and condition, ``v_g += <SiLU(y), r_g>``, so that a shift of its mean is
@@ -237,9 +281,7 @@ class GenePatches(GeneLayout):
     ORDERS = ("file", "correlation", "chromosome")
     # Weights of places, their last axis; and of the places in a patch, by patch.
     OF_PLACES = ("bias", "direct_read_out")
-    OF_SLOTS = ("read_in", "read_out", "own_scale", "own_shift", "own_bias", "own_read_out")
-    # Where functions of a value bend at first, in standard deviations of noise: few genes of a cell are above 2.
-    BENDS = (-1.0, 0.5, 2.0, 4.0)
+    OF_SLOTS = ("read_in", "read_out", "own.scale", "own.shift", "own.bias", "own.read_out")
 
     def __init__(
         self,
@@ -256,9 +298,8 @@ class GenePatches(GeneLayout):
             raise ValueError(f"gene patches need a patch of at least one gene, got {patch}")
         if order not in self.ORDERS:
             raise ValueError(f"gene patches need an order that is one of {', '.join(self.ORDERS)}, got {order!r}")
-        if functions < 0:
-            raise ValueError(f"gene patches need no functions or some, got {functions}")
-        self.patch, self.channels, self.functions = patch, channels, functions
+        self.patch, self.channels = patch, channels
+        self.own = OwnValues(channels, functions) if functions else None
         self.direct, self.embedding_width = direct, 0
         self.order_by, self.initial_vectors = order, initial_vectors
         if order != "file":
@@ -273,27 +314,20 @@ class GenePatches(GeneLayout):
 
     def draw(self) -> None:
         """Make the weights of patches and of the places in them."""
-        self.new_parameter("read_in", torch.randn(self.length, self.patch, self.channels) / self.patch**0.5)
-        self.new_parameter("embedding", torch.randn(self.length, self.channels))
-        self.new_parameter("read_out", torch.zeros(self.length, self.channels, self.patch))
-        self.new_parameter("bias", torch.zeros(self.places))
-        if self.functions:
-            n = len(self.BENDS)
-            # Two that bend at one point would learn the same for ever.
-            bends = torch.tensor([self.BENDS[k % n] + 0.1 * (k // n) for k in range(self.functions - 1)])
-            shape = (self.length, len(bends), self.patch)
-            self.new_parameter("own_scale", torch.ones(shape))
-            self.new_parameter("own_shift", -bends[:, None].expand(shape).clone())
-            self.new_parameter("own_bias", torch.zeros(self.length, self.functions, self.patch))
-            self.new_parameter("own_read_out", torch.zeros(self.length, self.channels, self.functions, self.patch))
+        new_parameter(self, "read_in", torch.randn(self.length, self.patch, self.channels) / self.patch**0.5)
+        new_parameter(self, "embedding", torch.randn(self.length, self.channels))
+        new_parameter(self, "read_out", torch.zeros(self.length, self.channels, self.patch))
+        new_parameter(self, "bias", torch.zeros(self.places))
+        if self.own is not None:
+            self.own.draw(self.length, self.patch)
         if self.embedding_width:
-            self.new_parameter("direct_read_out", torch.zeros(self.embedding_width, self.places))
+            new_parameter(self, "direct_read_out", torch.zeros(self.embedding_width, self.places))
 
     def read_embedding(self, width: int) -> None:
         """Make the weights that read an embedding of so many features, where there are to be such."""
         if self.direct:
             self.embedding_width = width
-            self.new_parameter("direct_read_out", torch.zeros(width, self.places))
+            new_parameter(self, "direct_read_out", torch.zeros(width, self.places))
 
     def set_order(self, order: Tensor) -> None:
         """Take the gene at each place (G,), before training: the weights belong to places.
@@ -340,15 +374,9 @@ class GenePatches(GeneLayout):
         """
         hidden = nn.functional.silu(self.norm(hidden)).permute(2, 0, 1)
         values = torch.bmm(hidden, self.read_out)
-        if self.functions:
-            weights = torch.bmm(hidden, self.own_read_out.flatten(2)).unflatten(2, (self.functions, self.patch))
-            values = values + (self.of_own_values(x) * (weights + self.own_bias[:, None])).sum(2)
+        if self.own is not None:
+            values = values + self.own(self.patches(x), hidden)
         values = values.transpose(0, 1).flatten(1)[:, : self.places] + self.bias
         if self.embedding_width:
             values = values + nn.functional.silu(embedding) @ self.direct_read_out
         return self.to_genes(values)
-
-    def of_own_values(self, x: Tensor) -> Tensor:
-        """Functions (patches, B, functions, patch) of each gene's own value, of expression (B, G)."""
-        own = self.patches(x)[:, :, None]
-        return torch.cat([own, nn.functional.silu(self.own_scale[:, None] * own + self.own_shift[:, None])], dim=2)

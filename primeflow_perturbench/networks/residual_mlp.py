@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from primeflow_perturbench.networks.genes import OwnValues
 from primeflow_perturbench.networks.layers import (
     AdaptiveBranch,
     TimeConditionEmbedding,
@@ -27,11 +28,16 @@ class ResidualMLP(nn.Module):
         Units of a block's hidden layer as a multiple of ``width``.
     embedding_width
         Features of the embedding of time and condition, even.
+    functions
+        Functions of a gene's own value that its velocity is read from, beside the hidden state (`OwnValues`); 0 for
+        none.
+    direct
+        Whether each gene also reads the embedding of time and condition, ``<SiLU(y), r_g>``.
 
     Raises
     ------
     ValueError
-        If a size is not positive, or ``embedding_width`` is odd.
+        If a size is not positive, ``functions`` is negative or ``embedding_width`` is odd.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class ResidualMLP(nn.Module):
         depth: int = 4,
         expansion: int = 2,
         embedding_width: int = 256,
+        functions: int = 0,
+        direct: bool = False,
     ):
         super().__init__()
         if min(n_genes, condition_width, width, depth, expansion, embedding_width) < 1:
@@ -56,6 +64,10 @@ class ResidualMLP(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.read_out = zero_initialised(nn.Linear(width, n_genes))
+        self.own = OwnValues(width, functions) if functions else None
+        if self.own is not None:
+            self.own.draw(1, n_genes)
+        self.direct = zero_initialised(nn.Linear(embedding_width, n_genes, bias=False)) if direct else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity (B, G) at points (B, G), times (B,) and conditions (B, C)."""
@@ -63,4 +75,10 @@ class ResidualMLP(nn.Module):
         h = self.read_in(x)
         for block in self.blocks:
             h = block(h, embedding)
-        return self.read_out(self.norm(h))
+        h = self.norm(h)
+        values = self.read_out(h)
+        if self.own is not None:
+            values = values + self.own(x[None], h[None])[0]
+        if self.direct is not None:
+            values = values + self.direct(nn.functional.silu(embedding))
+        return values

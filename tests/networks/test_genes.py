@@ -114,9 +114,9 @@ def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
             for f in range(functions):
                 value = x[b, g].item()
                 if f > 0:
-                    bent = value * own["own_scale"][p, f - 1, k] + own["own_shift"][p, f - 1, k]
+                    bent = value * own["own.scale"][p, f - 1, k] + own["own.shift"][p, f - 1, k]
                     value = bent / (1 + np.exp(-bent))
-                expected += value * (active[b, :, p] @ own["own_read_out"][p, :, f, k] + own["own_bias"][p, f, k])
+                expected += value * (active[b, :, p] @ own["own.read_out"][p, :, f, k] + own["own.bias"][p, f, k])
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -146,10 +146,10 @@ def test_functions_of_own_values_are_silent_at_first_and_bend_apart():
     genes = GenePatches(13, CHANNELS, 4, functions=10)
     x = random(2, 13)
     assert (genes.values(random(2, CHANNELS, genes.length), x) == 0).all()
-    with pytest.raises(ValueError, match="functions or some, got -1"):
+    with pytest.raises(ValueError, match="at least 1, or 0 for none, got -1"):
         GenePatches(13, CHANNELS, 4, functions=-1)
-    assert len({tuple(row.tolist()) for row in genes.own_shift[0].detach()}) == 9
-    assert genes.own_read_out.numel() == 4 * CHANNELS * 10 * 4
+    assert len({tuple(row.tolist()) for row in genes.own.shift[0].detach()}) == 9
+    assert genes.own.read_out.numel() == 4 * CHANNELS * 10 * 4
 
 
 def test_what_a_token_cannot_carry_is_read_from_the_value_itself():

@@ -47,12 +47,24 @@ def plain_velocity(network, x, t, condition):
         shift, scale, gate = np.split(linear(silu(embedding), block.modulation), 3, axis=1)
         h = h + gate * perceptron((1 + scale) * normal(h) + shift, block.branch)
     weight, bias = network.norm.weight.detach().numpy(), network.norm.bias.detach().numpy()
-    return linear(normal(h) * weight + bias, network.read_out)
+    h = normal(h) * weight + bias
+    velocity = linear(h, network.read_out)
+    if network.direct is not None:
+        velocity = velocity + silu(embedding) @ network.direct.weight.detach().numpy().T
+    if network.own is not None:
+        own = {name: value.detach().numpy()[0] for name, value in network.own.named_parameters()}
+        for b, g in np.ndindex(velocity.shape):
+            seen = [x[b, g].item()]
+            seen += [silu(w * seen[0] + u) for w, u in zip(own["scale"][:, g], own["shift"][:, g], strict=True)]
+            weights = h[b] @ own["read_out"][:, :, g] + own["bias"][:, g]
+            velocity[b, g] += sum(f * weight for f, weight in zip(seen, weights, strict=True))
+    return velocity
 
 
+@pytest.mark.parametrize("reading", [{}, {"functions": 1}, {"functions": 4, "direct": True}, {"direct": True}])
 @pytest.mark.parametrize(("n_genes", "depth"), [(5, 2), (1, 1), (33, 3)])
-def test_the_network_equals_a_plain_rewrite(n_genes, depth):
-    network = build(n_genes=n_genes, depth=depth)
+def test_the_network_equals_a_plain_rewrite(n_genes, depth, reading):
+    network = build(n_genes=n_genes, depth=depth, **reading)
     batch = inputs(3, n_genes)
     expected = plain_velocity(network, *batch)
     np.testing.assert_allclose(network(*batch).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -65,6 +77,16 @@ def test_parameters_are_as_many_as_a_count_by_hand(depth):
     block = (8 + 1) * 3 * 16 + (16 + 1) * 48 + (48 + 1) * 16
     ends = (5 + 1) * 16 + 2 * 16 + (16 + 1) * 5
     assert sum(parameter.numel() for parameter in build(depth=depth).parameters()) == embed + depth * block + ends
+
+
+def test_what_reads_own_values_and_the_embedding_is_silent_at_first():
+    network = ResidualMLP(**SIZES, functions=4, direct=True)
+    assert (network(*inputs(3, 5)) == 0).all()
+    own = {name: value.shape for name, value in network.own.named_parameters()}
+    assert own == {"scale": (1, 3, 5), "shift": (1, 3, 5), "bias": (1, 4, 5), "read_out": (1, 16, 4, 5)}
+    assert network.direct.weight.shape == (5, 8)
+    with pytest.raises(ValueError, match="at least 1, or 0 for none, got -2"):
+        build(functions=-2)
 
 
 @pytest.mark.parametrize("setting", SIZES)
