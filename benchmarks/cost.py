@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py --device cuda
 
-One size at a time is turned, the others stay. The network is that of `primeflow_fast`, on a CPU with fewer channels; a
+One size at a time is turned, the others stay. The network is that of `primeflow_fast`; a
 step of its solver is timed and multiplied. Loading goes once through all training cells of a sparse h5ad in memory. The
 exponent of each cost is the slope of its logarithm against that of the size, by least squares: 1 is linear, less means
 that a fixed part weighs more. "At the top" is the slope between the two largest sizes, where the fixed part weighs
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loading import BATCH, data_module, exhaust, write_screen
-from recipes import RECIPES, PeakMemory, autocast, build, in_bf16, run_job, timed, training_step
+from recipes import PeakMemory, autocast, build, in_bf16, run_job, timed, training_step
 
 from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
 
@@ -35,8 +35,8 @@ SIZES = {
 QUICK = {"genes": (100, 200), "batch": (2, 4), "conditions": (10, 20), "cells": (400, 800)}
 # What stays as it is while another size is turned.
 FIXED = {
-    "cuda": {"genes": 5000, "batch": 64, "conditions": 200, "channels": RECIPES["primeflow_fast"]["channels"]},
-    "cpu": {"genes": 1000, "batch": 8, "conditions": 200, "channels": 32},
+    "cuda": {"genes": 5000, "batch": 64, "conditions": 200},
+    "cpu": {"genes": 1000, "batch": 8, "conditions": 200},
 }
 STORED_GENES = 1000
 STORED_CELLS = 20_000
@@ -64,14 +64,14 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     return measure_loading(job)
 
 
-def network_steps(genes: int, batch: int, conditions: int, channels: int, device: str) -> dict[str, Callable]:
+def network_steps(genes: int, batch: int, conditions: int, device: str, **changed: Any) -> dict[str, Callable]:
     """A step of sampling and a step of training, of one network."""
     import torch
 
     from primeflow_perturbench.flow.sampling import ODESolver
 
     solver = ODESolver(*SOLVER)
-    network = build("primeflow_fast", genes, conditions, channels=channels).to(device)
+    network = build("primeflow_fast", genes, conditions, **changed).to(device)
     condition = torch.eye(conditions, device=device)[:1].expand(batch, -1)
     x = torch.rand(batch, genes, device=device)
 
@@ -84,12 +84,12 @@ def network_steps(genes: int, batch: int, conditions: int, channels: int, device
 
 def measure_network(job: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a step of sampling and of training, by the batch and by the cell, and their peak memory."""
-    device, batch, channels = job["device"], job["batch"], job["channels"]
+    device, batch, changed = job["device"], job["batch"], job.get("changed", {})
     # A tiny network first: what libraries take for themselves is no cost of the size.
-    for step in network_steps(64, 2, 2, channels, device).values():
+    for step in network_steps(64, 2, 2, device, **changed).values():
         step()
     peak, found = PeakMemory(device), {}
-    for name, step in network_steps(job["genes"], batch, job["conditions"], channels, device).items():
+    for name, step in network_steps(job["genes"], batch, job["conditions"], device, **changed).items():
         for _ in range(3 if device == "cuda" else 1):
             step()
         times, took = timed(step, job["seconds"], device)
@@ -195,7 +195,7 @@ def main() -> None:
         print(json.dumps(measure(chosen.job)))
         return
     chosen.loading = importlib.util.find_spec("anndata") is not None
-    chosen.narrow = {"channels": 8} if chosen.quick else {}
+    chosen.narrow = {"changed": {"width": 8}} if chosen.quick else {}
     chosen.seconds = 0.01 if chosen.quick else chosen.seconds
     parts: dict[str, list[dict[str, float]]] = {}
     for part in chosen.parts:
@@ -208,7 +208,7 @@ def main() -> None:
             print(json.dumps(run), flush=True)
     record = {
         "device": chosen.device,
-        "fixed": FIXED[chosen.device] | chosen.narrow,
+        "fixed": FIXED[chosen.device],
         "stored_genes": STORED_GENES,
         "stored_cells": STORED_CELLS,
         "solver": SOLVER,

@@ -135,7 +135,7 @@ def main() -> None:
     chosen = parser.parse_args()
     genes, seconds, stored = (chosen.genes, chosen.seconds, CELLS) if not chosen.quick else ((100, 200), 0.01, 600)
     cells = chosen.cells or (BATCH if chosen.device == "cuda" else 4)
-    changed = {"channels": 8} if chosen.quick else {}
+    changed = {"width": 8} if chosen.quick else {}
     runs = []
     for n_genes in genes:
         run = {"genes": n_genes} | load_times(n_genes, stored, chosen.batch, seconds)

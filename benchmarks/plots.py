@@ -25,7 +25,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
 NAMES = ("sampling", "training", "loading", "cost", "quality", "heldout")
 INK, RULE = "#6e7681", "#8c959f"
 PAPER, OURS, OTHER = "#9a7fd1", "#e8702a", "#2f8fd0"
-RECIPE_COLOUR = {"primeflow": PAPER, "primeflow_fast": OURS}
+RECIPE_COLOUR = {"primeflow": PAPER, "unet_patches": OTHER, "primeflow_fast": OURS}
 REFERENCES = {"control": "control cells", "training_mean": "training mean", "additive": "additive shift"}
 STYLE = {
     "font.size": 9,
@@ -64,18 +64,18 @@ def fastest(runs: list[dict[str, Any]], recipe: str, genes: int) -> dict[str, An
 
 
 def pairs(axis, runs: list[dict[str, Any]], figure: str) -> None:
-    """Bars of both recipes side by side at each number of genes, each with its figure, on a logarithmic axis."""
+    """Bars of the recipes side by side at each number of genes, each with its figure, on a logarithmic axis."""
     genes = sorted({run["genes"] for run in runs})
     heights = []
     for side, (recipe, colour) in enumerate(RECIPE_COLOUR.items()):
         values = [fastest(runs, recipe, n)[figure] for n in genes]
-        bars = axis.bar([i + 0.4 * side for i in range(len(genes))], values, 0.38, color=colour, label=recipe)
+        bars = axis.bar([i + 0.28 * side for i in range(len(genes))], values, 0.26, color=colour, label=recipe)
         axis.bar_label(bars, [number(value) for value in values], padding=2, fontsize=8, color=INK)
         heights += values
     axis.set_yscale("log")
     axis.set_ylim(min(heights) / 3, max(heights) * 4)
     plain_values(axis)
-    axis.set_xticks([i + 0.2 for i in range(len(genes))], [f"{n:,} genes" for n in genes])
+    axis.set_xticks([i + 0.28 for i in range(len(genes))], [f"{n:,} genes" for n in genes])
     axis.tick_params(axis="x", length=0)
 
 
@@ -209,9 +209,8 @@ def caption(results: dict[str, Any]) -> str:
         for recipe in RECIPE_COLOUR
         for run in [fastest(results["sampling"]["runs"], recipe, results["sampling"]["runs"][0]["genes"])]
     ]
-    channels = results["cost"]["fixed"]["channels"]
     scale = "All axes but that of quality are logarithmic."
-    return f"{where}\nSampling: {'; '.join(steps)}. Growth: a network of {channels} channels. {scale}"
+    return f"{where}\nSampling: {'; '.join(steps)}. {scale}"
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:

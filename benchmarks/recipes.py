@@ -1,4 +1,4 @@
-"""The two recipes that the benchmarks of speed compare, and what it takes to measure them.
+"""The recipes that the benchmarks of speed compare, and what it takes to measure them.
 
 Needs torch and numpy alone, and the checkout: no package of the install's is imported.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,28 @@ sys.path.insert(0, str(ROOT))
 
 from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json  # noqa: E402
 
-# Numbers of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read.
+# Settings of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read; and
+# of `primeflow_fast` with `model/network=unet_patches`.
 RECIPES: dict[str, dict[str, Any]] = {
     "primeflow": {
+        "network": "unet",
         "channels": 64,
         "multipliers": [1, 2, 4, 8],
         "blocks": 2,
-        "patch": None,
-        "functions": 0,
-        "direct": False,
         "precondition": False,
     },
     "primeflow_fast": {
+        "network": "residual_mlp",
+        "width": 512,
+        "depth": 4,
+        "expansion": 2,
+        "embedding_width": 256,
+        "functions": 5,
+        "direct": True,
+        "precondition": True,
+    },
+    "unet_patches": {
+        "network": "unet",
         "channels": 128,
         "multipliers": [1, 2, 4],
         "blocks": 2,
@@ -49,19 +60,18 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
 
     from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
     from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
+    from primeflow_perturbench.networks.residual_mlp import ResidualMLP
     from primeflow_perturbench.networks.unet import UNet
 
     settings = RECIPES[recipe] | changed
-    patch, precondition = settings.pop("patch"), settings.pop("precondition")
-    reading = {name: settings.pop(name) for name in ("functions", "direct")}
-
-    def genes(n_genes: int, channels: int):
-        if patch is None:
-            return GeneTokens(n_genes, channels)
-        return GenePatches(n_genes, channels, patch=patch, **reading)
-
+    kind, precondition = settings.pop("network"), settings.pop("precondition")
     torch.manual_seed(0)
-    network = UNet(n_genes, condition_width, attention=True, genes=genes, **settings)
+    if kind == "residual_mlp":
+        network = ResidualMLP(n_genes, condition_width, **settings)
+    else:
+        patches = {name: settings.pop(name) for name in ("patch", "functions", "direct") if name in settings}
+        genes = partial(GenePatches, **patches) if patches else GeneTokens
+        network = UNet(n_genes, condition_width, attention=True, genes=genes, **settings)
     return GaussianPreconditioning(network, n_genes) if precondition else network
 
 
@@ -224,14 +234,14 @@ def run_jobs(script: str, chosen: argparse.Namespace, jobs: list[dict[str, Any]]
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run of `primeflow_fast` beside the paper's recipe, compiled or not as it is, at the same number of genes."""
+    """Each run of ours beside the paper's recipe, compiled or not as it is, at the same number of genes."""
     base = {(run["genes"], run["compiled"]): run for run in runs if run["recipe"] == "primeflow"}
     found = []
     for run in runs:
         paper = base.get((run["genes"], run["compiled"]))
         if run["recipe"] == "primeflow" or paper is None:
             continue
-        named = ("genes", "compiled", "guidance", "method", "steps")
+        named = ("recipe", "genes", "compiled", "guidance", "method", "steps")
         found.append(
             {name: run[name] for name in named if name in run}
             | {

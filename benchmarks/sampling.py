@@ -36,6 +36,7 @@ RESULT = Path(__file__).parent / "results" / "sampling.json"
 SAMPLERS = {
     "primeflow": {"guidance": (2.0,), "solvers": [("euler", 100)]},
     "primeflow_fast": {"guidance": (1.0, 2.0), "solvers": [("midpoint", 10), ("midpoint", 5)]},
+    "unet_patches": {"guidance": (1.0, 2.0), "solvers": [("midpoint", 5)]},
 }
 
 

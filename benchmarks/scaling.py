@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 HOUR, DAY = 3600, 24 * 3600
 WEEK = 7 * DAY
 GIB = 2**30
-RECIPES = ("primeflow", "primeflow_fast")
+RECIPES = ("primeflow", "unet_patches")
 
 
 class Input(NamedTuple):
@@ -50,8 +50,8 @@ INPUTS = {
     "config_steps": Input(20_000, "configs/experiment/primeflow/base.yaml: trainer.max_steps"),
     "primeflow_train": Input(178, f"cells a second of a training step; {H100_RUN}"),
     "primeflow_forward": Input(438, f"cells a second of a forward; {H100_RUN}"),
-    "primeflow_fast_train": Input(851, f"cells a second of a training step; {H100_RUN}, without preconditioning"),
-    "primeflow_fast_forward": Input(2102, f"cells a second of a forward; {H100_RUN}, without preconditioning"),
+    "unet_patches_train": Input(851, f"cells a second of a training step; {H100_RUN}, without preconditioning"),
+    "unet_patches_forward": Input(2102, f"cells a second of a forward; {H100_RUN}, without preconditioning"),
     "efficiency": Input(0.9, "supposed: eight GPUs do 0.9 times the work of eight, each on its own"),
     "h100_tflops": Input(989.4, "NVIDIA H100 SXM data sheet: bf16, dense"),
     "rtx4090_tflops": Input(165.2, "NVIDIA Ada architecture paper, RTX 4090: bf16 with float32 sums, dense"),
@@ -62,7 +62,7 @@ INPUTS = {
     "controls": Input(200, f"{PAPER}: synthetic controls"),
     "guided": Input(2, "guidance other than 1 evaluates the network with and without the condition"),
     "primeflow_evaluations": Input(100, "configs/model/primeflow.yaml: Euler, 100 steps"),
-    "primeflow_fast_evaluations": Input(10, "configs/model/primeflow_fast.yaml: midpoint, 5 steps"),
+    "unet_patches_evaluations": Input(10, "configs/model/primeflow_fast.yaml: midpoint, 5 steps"),
 }
 
 
@@ -132,8 +132,8 @@ def work_out(inputs: dict[str, float], training: dict[str, Any]) -> dict[str, An
             gpu: cells_that_fit(at_18080[recipe], training["cells"], gib) for gpu, gib in fits.items()
         }
     result["times_as_fast"] = {
-        "measured on the H100": inputs["primeflow_fast_train"] / inputs["primeflow_train"],
-        f"measured on {training['device']}": at_18080["primeflow_fast"]["cells_per_second"]
+        "measured on the H100": inputs["unet_patches_train"] / inputs["primeflow_train"],
+        f"measured on {training['device']}": at_18080["unet_patches"]["cells_per_second"]
         / at_18080["primeflow"]["cells_per_second"],
     }
     return result
@@ -202,7 +202,7 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
         "",
         "- "
         + "; ".join(f"{three(times)} times {where}" for where, times in result["times_as_fast"].items())
-        + ": how much faster a training step of `primeflow_fast` (on the H100 with patches of 8 "
+        + ": how much faster a training step of the U-Net of patches (on the H100 with patches of 8 "
         "genes) is than one of `primeflow`. The tables use the first.",
         "- A machine is as fast as its network: reading, optimiser across machines and validation are left out.",
         "- The RTX 4090 is scaled from the H100 by peak arithmetic alone, 6 times slower. Its memory is 3 times slower "

@@ -21,8 +21,9 @@ import recipes  # noqa: E402
 
 
 def configured(recipe):
+    patches = ["model=primeflow_fast", "model/network=unet_patches"]
     with initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return compose("train", overrides=[f"model={recipe}"]).model
+        return compose("train", overrides=patches if recipe == "unet_patches" else [f"model={recipe}"]).model
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
@@ -83,8 +84,9 @@ def test_a_benchmark_needs_no_more_than_torch_and_numpy(tmp_path):
     """With every other library of the package forbidden; one job in this process, so that it is forbidden there."""
     libraries = ["anndata", "lightning", "hydra", "omegaconf", "torchdiffeq", "scanpy", "pandas", "scipy", "rich"]
     speed = {"recipe": "primeflow_fast", "genes": 16, "compiled": False, "guidance": 2.0}
-    network = {"what": "network", "device": "cpu", "seconds": 0.01, "batch": 2, "conditions": 3, "channels": 8}
-    for script, job in {"sampling": speed, "training": speed, "cost": network | {"genes": 16}}.items():
+    sizes = {"genes": 16, "batch": 2, "conditions": 3, "changed": {"width": 8}}
+    network = {"what": "network", "device": "cpu", "seconds": 0.01} | sizes
+    for script, job in {"sampling": speed, "training": speed, "cost": network}.items():
         options = [] if script == "cost" else ["--cells", "2", "--seconds", "0.01"]
         program = (
             f"import runpy, sys; sys.modules.update(dict.fromkeys({libraries}));"
@@ -139,7 +141,7 @@ def test_loading_measures_something(main_of, tmp_path):
     times = loading.load_times(100, 600, 64, 0.01)
     assert times["loader_ms"] > 0
     assert times["plain_ms"] > 0
-    assert loading.step_time(64, 2, "cpu", 0.01, channels=8) > 0
+    assert loading.step_time(64, 2, "cpu", 0.01, width=8) > 0
 
 
 def test_the_exponent_of_a_cost_is_that_of_its_power_law():
@@ -214,7 +216,7 @@ def results(tmp_path):
         "genes": {"train_cell_ms": linear, "sample_cell_ms": linear},
         "cells": {"load_epoch_s": {"all": None, "top": None}},
     }
-    record = {**machine, "fixed": {"channels": 32}, "stored_genes": 1000, "parts": parts, "exponents": exponents}
+    record = {**machine, "stored_genes": 1000, "parts": parts, "exponents": exponents}
     (folder / "cost.json").write_text(json.dumps(record))
     return folder
 

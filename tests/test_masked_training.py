@@ -39,7 +39,6 @@ SETTINGS = [
     "model.network.width=16",
     "model.network.depth=1",
     "model.network.embedding_width=8",
-    "~model.network.multipliers",
     "model.lr_scheduler.conf.warmup_steps=5",
     f"trainer.max_steps={STEPS}",
     "trainer.val_check_interval=7",

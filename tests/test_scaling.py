@@ -19,10 +19,10 @@ ROUND = {
     **{"cells": 36_000.0, "genes": 100.0, "files": 2.0, "batch": 1000.0, "config_steps": 72.0},
     **{"density_low": 0.1, "density_middle": 0.2, "density_high": 0.5},
     **{"primeflow_train": 10.0, "primeflow_forward": 20.0},
-    **{"primeflow_fast_train": 100.0, "primeflow_fast_forward": 200.0},
+    **{"unet_patches_train": 100.0, "unet_patches_forward": 200.0},
     **{"efficiency": 0.5, "h100_tflops": 1000.0, "rtx4090_tflops": 250.0, "h100_gib": 80.0, "rtx4090_gib": 24.0},
     **{"test_perturbations": 3.0, "cells_each": 1000.0, "controls": 600.0, "guided": 2.0},
-    **{"primeflow_evaluations": 100.0, "primeflow_fast_evaluations": 10.0},
+    **{"primeflow_evaluations": 100.0, "unet_patches_evaluations": 10.0},
 }
 
 
@@ -30,7 +30,7 @@ def training(parameters=2**26, peak=9.0):
     """What the benchmark of training says, of steps of 4 cells."""
     runs = [
         {"recipe": recipe, "genes": 18_080, "compiled": False, "cells_per_second": speed}
-        for recipe, speed in (("primeflow", 2.0), ("primeflow_fast", 12.0))
+        for recipe, speed in (("primeflow", 2.0), ("unet_patches", 12.0))
     ]
     return {"device": "cpu", "cells": 4, "runs": [run | {"parameters": parameters, "peak_gib": peak} for run in runs]}
 
@@ -73,7 +73,7 @@ def test_hours_and_passes_are_those_of_the_speed(result):
     assert one["hours_of_the_configured_steps"] == 2.0
     # Half of 100 values of 8 bytes, and a bit for where each row begins, ten times a second.
     assert one["read_mb_per_second"] == pytest.approx(10 * (50 * 8 + 4) / 1e6, rel=1e-4)
-    assert result["training"]["primeflow_fast, one RTX 4090"]["hours_of_a_pass"] == 0.4
+    assert result["training"]["unet_patches, one RTX 4090"]["hours_of_a_pass"] == 0.4
 
 
 def test_a_last_step_of_fewer_cells_counts():
@@ -109,7 +109,7 @@ def test_what_the_configurations_say_is_what_goes_in():
     assert cfg.trainer.max_steps == inputs["config_steps"]
     assert (cfg.model.solver.method, cfg.model.solver.steps) == ("euler", inputs["primeflow_evaluations"])
     # Midpoint evaluates twice a step.
-    assert (fast.method, 2 * fast.steps) == ("midpoint", inputs["primeflow_fast_evaluations"])
+    assert (fast.method, 2 * fast.steps) == ("midpoint", inputs["unet_patches_evaluations"])
 
 
 def test_the_density_of_the_challenge_is_that_of_its_file():

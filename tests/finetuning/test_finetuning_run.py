@@ -25,6 +25,7 @@ SETTINGS = [
     "data.splitter.save=false",
     "data.loader.batch_size=64",
     "model=primeflow_small",
+    "model/network=unet_patches_small",
     "model.network.channels=8",
     "model.network.multipliers=[1]",
     "model.calibrate=none",
