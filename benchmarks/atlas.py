@@ -35,8 +35,8 @@ from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memo
 
 RESULT = Path(__file__).parent / "results" / "atlas.json"
 BARS = {"peak_gib": 4.0, "loading_share": 0.2}
-FULL = {"cells": 300_000, "genes": 4000, "steps": 60, "batch": 128, "seconds": 20.0, "channels": 64}
-QUICK = {"cells": 1200, "genes": 60, "steps": 12, "batch": 32, "seconds": 0.2, "channels": 8}
+FULL = {"cells": 300_000, "genes": 4000, "steps": 60, "batch": 128, "seconds": 20.0, "width": 32}
+QUICK = {"cells": 1200, "genes": 60, "steps": 12, "batch": 32, "seconds": 0.2, "width": 8}
 FILES = 6
 # Steps at whose ends the time is not taken: the first ones warm up.
 WARM_UP = 4
@@ -102,7 +102,7 @@ def settings_of(manifest: Path, folder: Path, sizes: dict[str, Any]) -> list[str
         f"data.data.filename={manifest}",
         f"data.data.cache_dir={manifest.parent / 'unpacked'}",
         f"data.loader.batch_size={sizes['batch']}",
-        f"model.network.channels={sizes['channels']}",
+        f"model.network.width={sizes['width']}",
         f"paths.output_dir={folder}",
         "run_name=atlas",
         f"trainer.max_steps={sizes['steps']}",

@@ -21,6 +21,7 @@ from primeflow_perturbench.leaderboard.table import COLUMNS
 RESULTS = Path(__file__).parent / "results"
 TRAINING = [
     "experiment=devel/heldout",
+    "model.calibrate=none",
     "model.lr=1e-3",
     "seed=0",
 ]
@@ -42,8 +43,11 @@ NETWORKS = {
         "trainer.max_steps=4000",
         "trainer.val_check_interval=500",
     ],
-    # The experiment's own.
-    "unet_patches": [],
+    "unet_patches": [
+        "model/network=unet_patches_small",
+        "model.network.genes.functions=0",
+        "model.network.genes.direct=false",
+    ],
 }
 WITHOUT_LIMIT = ("unet", "mlp")
 TITLES = {

@@ -37,8 +37,25 @@ NETWORKS = {
         "model/network=unet_patches_small",
         "model.network.genes.order=correlation",
     ],
-    "residual MLP": ["model/network=residual_mlp"],
-    "residual MLP, logit-normal times": ["model/network=residual_mlp", "model.time_sampling=logit_normal"],
+    "residual perceptron": ["model/network=residual_mlp_small"],
+    "residual perceptron, width 256": ["model/network=residual_mlp"],
+    "residual perceptron that reads the hidden state alone": [
+        "model/network=residual_mlp_small",
+        "model.network.functions=0",
+        "model.network.direct=false",
+    ],
+    "residual perceptron, logit-normal times": [
+        "model/network=residual_mlp_small",
+        "model.time_sampling=logit_normal",
+    ],
+    "residual perceptron, errors weighted by time": [
+        "model/network=residual_mlp_small",
+        "model.loss_weighting=times",
+    ],
+    "residual perceptron, errors weighted by time and gene": [
+        "model/network=residual_mlp_small",
+        "model.loss_weighting=times_and_genes",
+    ],
     "transformer over patches": ["model/network=transformer_small"],
     "transformer over patches, logit-normal times": [
         "model/network=transformer_small",

@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "primeflow_fast": {
         "network": "residual_mlp",
-        "width": 512,
+        "width": 256,
         "depth": 4,
         "expansion": 2,
         "embedding_width": 256,
