@@ -48,9 +48,17 @@ GENERATED, SURVEYED = 300, 1000
 # An atlas is trained on as in `experiment=atlas/small`, one file as in `experiment=devel/base`.
 ONE_FILE = ["experiment=devel/base", "data/splitter=saved"]
 ATLAS = ["experiment=atlas/small", "data.loader.batch_size=128"]
-COMMON = ["model.calibrate=none"]
+# Genes in a patch: an atlas has many.
+PATCH_OF_FILE, PATCH_OF_ATLAS = (f"model.network.genes.patch={patch}" for patch in (16, 32))
+COMMON = [
+    "model/network=unet_patches_small",
+    "model.calibrate=none",
+    "model.network.channels=32",
+    "model.network.multipliers=[1,2]",
+]
 QUICK = [
-    "model.network.width=8",
+    "model.network.channels=8",
+    "model.network.multipliers=[1]",
     "model.cells_per_condition=16",
     "data.loader.batch_size=32",
     "model.solver.steps=2",
@@ -138,6 +146,7 @@ def of_file(cells: Path, runs: Path, context: dict[str, str], test: list[str], c
         common = [
             *ONE_FILE,
             *COMMON,
+            PATCH_OF_FILE,
             *(QUICK if chosen.quick else []),
             f"data.data.filename={cells}",
             f"seed={seed}",
@@ -246,7 +255,7 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
     models["ceiling"] = replicates(adata, test)
     for seed in chosen.seeds:
         folder = runs / f"seed{seed}"
-        given = [*COMMON, *(QUICK if chosen.quick else []), f"seed={seed}"]
+        given = [*COMMON, PATCH_OF_ATLAS, *(QUICK if chosen.quick else []), f"seed={seed}"]
         rows_of_seed = [name for name in ROWS if name != "narrowed" or seed in (chosen.narrowed_seeds or chosen.seeds)]
         run_rows_of_atlas(folder, given, data, chosen.steps, "narrowed" in rows_of_seed)
         for name in rows_of_seed:
