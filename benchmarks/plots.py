@@ -73,7 +73,7 @@ def pairs(axis, runs: list[dict[str, Any]], figure: str) -> None:
         axis.bar_label(bars, [number(value) for value in values], padding=2, fontsize=8, color=INK)
         heights += values
     axis.set_yscale("log")
-    axis.set_ylim(min(heights) / 3, max(heights) * 4)
+    axis.set_ylim(min(heights) / 3, max(heights) * 10)
     plain_values(axis)
     axis.set_xticks([i + 0.28 for i in range(len(genes))], [f"{n:,} genes" for n in genes])
     axis.tick_params(axis="x", length=0)
@@ -83,7 +83,7 @@ def sampling(axis, results: dict[str, Any]) -> None:
     """Cells a second of sampling."""
     pairs(axis, results["sampling"]["runs"], "cells_per_second")
     axis.set(title="Sampling", ylabel="cells a second")
-    axis.legend(loc="upper left", ncols=2, columnspacing=1, handlelength=1)
+    axis.legend(loc="upper right", handlelength=1)
 
 
 def training(axis, results: dict[str, Any]) -> None:
