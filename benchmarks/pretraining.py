@@ -48,17 +48,9 @@ GENERATED, SURVEYED = 300, 1000
 # An atlas is trained on as in `experiment=atlas/small`, one file as in `experiment=devel/base`.
 ONE_FILE = ["experiment=devel/base", "data/splitter=saved"]
 ATLAS = ["experiment=atlas/small", "data.loader.batch_size=128"]
-# Genes in a patch: an atlas has many.
-PATCH_OF_FILE, PATCH_OF_ATLAS = (f"model.network.genes.patch={patch}" for patch in (16, 32))
-COMMON = [
-    "model/network=unet_patches_small",
-    "model.calibrate=none",
-    "model.network.channels=32",
-    "model.network.multipliers=[1,2]",
-]
+COMMON = ["model.calibrate=none"]
 QUICK = [
-    "model.network.channels=8",
-    "model.network.multipliers=[1]",
+    "model.network.width=8",
     "model.cells_per_condition=16",
     "data.loader.batch_size=32",
     "model.solver.steps=2",
@@ -146,7 +138,6 @@ def of_file(cells: Path, runs: Path, context: dict[str, str], test: list[str], c
         common = [
             *ONE_FILE,
             *COMMON,
-            PATCH_OF_FILE,
             *(QUICK if chosen.quick else []),
             f"data.data.filename={cells}",
             f"seed={seed}",
@@ -180,9 +171,7 @@ def write_context_split(whole: AtlasCells, narrowing: dict, heldout: Path, targe
     return target
 
 
-def run_rows_of_atlas(
-    runs: Path, common: list[str], data: dict[str, list[str]], steps: Sequence[int], with_narrowed: bool
-) -> None:
+def run_rows_of_atlas(runs: Path, common: list[str], data: dict[str, list[str]], steps: Sequence[int]) -> None:
     """Train every row of one seed on the files of an atlas and on the context, in folders of their names."""
     pretraining, finetuning = steps
     common = [*common, "test=false", "references=[]"]
@@ -192,8 +181,7 @@ def run_rows_of_atlas(
     run(runs / "pretrained", [*alone, *begin, *NO_STEP])
     run(runs / "finetuned_context", [*alone, *begin, *lasting(finetuning)])
     run(runs / "finetuned", [*narrowed, *begin, *lasting(finetuning)])
-    if with_narrowed:
-        run(runs / "narrowed", [*narrowed, *lasting(pretraining + finetuning)])
+    run(runs / "narrowed", [*narrowed, *lasting(pretraining + finetuning)])
 
 
 def additive(whole: AtlasCells, cells: SplitCells, n_cells: int) -> ad.AnnData:
@@ -255,10 +243,9 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
     models["ceiling"] = replicates(adata, test)
     for seed in chosen.seeds:
         folder = runs / f"seed{seed}"
-        given = [*COMMON, PATCH_OF_ATLAS, *(QUICK if chosen.quick else []), f"seed={seed}"]
-        rows_of_seed = [name for name in ROWS if name != "narrowed" or seed in (chosen.narrowed_seeds or chosen.seeds)]
-        run_rows_of_atlas(folder, given, data, chosen.steps, "narrowed" in rows_of_seed)
-        for name in rows_of_seed:
+        given = [*COMMON, *(QUICK if chosen.quick else []), f"seed={seed}"]
+        run_rows_of_atlas(folder, given, data, chosen.steps)
+        for name in ROWS:
             models[f"{name} {seed}"] = predict(folder / name, runs / "conditions.csv")
     measured = adata[cells.rows(["test"])].copy()
     columns = {
@@ -329,7 +316,6 @@ def main() -> None:
     parser.add_argument("--test", nargs="+", default=[], help="with --cells: perturbations to predict there")
     parser.add_argument("--steps", type=int, nargs=2, default=[800, 200], help="of pretraining and of finetuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--narrowed-seeds", type=int, nargs="+", help="of an atlas's longest row (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/pretraining"), help="folder for the runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small network, few steps, one seed: only to see it run")
