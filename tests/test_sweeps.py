@@ -136,6 +136,18 @@ def test_what_acts_at_sampling_alone_is_tested_from_one_training_a_seed(tmp_path
     assert {(job.trial.label, job.copy_of.parent.name) for job in copies} == {("calibrate=marginals", "guidance")}
 
 
+def test_every_ablation_of_the_suite_sweeps_something(tmp_path):
+    """`ablation/ema` once swept nothing there, since the suite's own decay had replaced its values."""
+    trials = expand(["experiment=ablation/suite", DATA, "data.splitter.split_path=split.csv"], tmp_path)
+    values: dict[str, list[str]] = {}
+    for trial in trials:
+        values.setdefault(trial.sweep, []).append(trial.label)
+    assert len(values) == 21
+    assert {name for name, labels in values.items() if len(set(labels)) < 2} == set()
+    assert sorted(values["ablation/ema"]) == ["decay=0.9", "decay=0.99", "decay=0.998"]
+    assert len(values["ablation/calibration"]) == 3
+
+
 def test_what_acts_in_training_shares_nothing(tmp_path):
     jobs = share(expand(["experiment=ablation/condition_dropout", DATA], tmp_path), tmp_path)
     assert len(jobs) == 4
