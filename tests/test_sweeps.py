@@ -136,6 +136,17 @@ def test_what_acts_at_sampling_alone_is_tested_from_one_training_a_seed(tmp_path
     assert {(job.trial.label, job.copy_of.parent.name) for job in copies} == {("calibrate=marginals", "guidance")}
 
 
+def test_a_training_that_learnt_no_calibration_is_not_shared_with_trials_that_need_one(tmp_path):
+    """A suite that went on in the folder of an earlier one, without `ablation/calibration`, failed there."""
+    plain = ["model.calibrate=none", "data.data.filename=cells.h5ad"]
+    before = share(expand(["experiment=ablation/guidance", *plain], tmp_path), tmp_path)
+    now = share(expand(["experiment=ablation/calibration", "model.calibrate=none,marginals", DATA], tmp_path), tmp_path)
+    (first,), (second,) = ([job for job in jobs if job.is_training] for jobs in (before, now))
+    assert first.trial.training == second.trial.training
+    assert first.folder != second.folder
+    assert [job.overrides[-1] for job in (first, second)] == ["test=false", "model.calibrate=marginals"]
+
+
 def test_every_ablation_of_the_suite_sweeps_something(tmp_path):
     """`ablation/ema` once swept nothing there, since the suite's own decay had replaced its values."""
     trials = expand(["experiment=ablation/suite", DATA, "data.splitter.split_path=split.csv"], tmp_path)

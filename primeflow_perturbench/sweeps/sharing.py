@@ -48,9 +48,7 @@ def share(trials: Sequence[Trial], output: Path) -> list[Job]:
         if trial.shares and first[trial.whole] is trial:
             by_training[trial.training].append(trial)
     trainings = {
-        key: _training(group, output / "trainings" / f"{group[0].seed}_{key}")
-        for key, group in by_training.items()
-        if len(group) > 1
+        key: _training(group, output / "trainings", key) for key, group in by_training.items() if len(group) > 1
     }
     jobs = list(trainings.values())
     for trial in trials:
@@ -66,12 +64,13 @@ def share(trials: Sequence[Trial], output: Path) -> list[Job]:
     return jobs
 
 
-def _training(group: Sequence[Trial], folder: Path) -> Job:
-    overrides = (*group[0].overrides, "test=false")
+def _training(group: Sequence[Trial], trainings: Path, key: str) -> Job:
+    name, overrides = f"{group[0].seed}_{key}", (*group[0].overrides, "test=false")
     calibrating = [trial.calibrate for trial in group if trial.calibrate != "none"]
     if calibrating:
-        overrides = (*overrides, f"model.calibrate={calibrating[0]}")
-    return Job(folder, overrides, group[0], is_training=True)
+        # A folder of its own: one that an earlier sweep trained without has not learnt what calibration needs.
+        name, overrides = f"{name}_calibrating", (*overrides, f"model.calibrate={calibrating[0]}")
+    return Job(trainings / name, overrides, group[0], is_training=True)
 
 
 def copy_results(source: Path, target: Path) -> None:
