@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,28 +131,29 @@ class _Expansion:
         self.parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
-    def of_command(self, arguments: Sequence[str]) -> Iterator[Trial]:
-        """Trials of a command, of each of its experiments in turn."""
+    def of_command(self, arguments: Sequence[str], weak: Collection[str] = ()) -> Iterator[Trial]:
+        """Trials of a command, of each of its experiments in turn; ``weak`` keys give way to what one sweeps."""
         axes = self.axes(arguments)
         for experiment in axes.pop("experiment", [None]):
             chosen = {} if experiment is None else {"experiment": [experiment]}
             cfg = self.compose([values[0] for values in {**chosen, **axes}.values()])
             parts = (cfg.get("sweep") or {}).get("experiments")
             if not parts:
-                yield from self.of_experiment({**chosen, **axes}, axes, cfg)
+                yield from self.of_experiment({**chosen, **axes}, axes, cfg, weak)
                 continue
             common = cfg.sweep.get("overrides") or []
             for name, own in parts.items():
                 given = {**self.axes([*common, *(own or [])]), **axes}
                 flat = [f"experiment={name}", *self.written(given)]
-                yield from self.of_command(flat)
+                yield from self.of_command(flat, set(self.axes(common)) - set(self.axes(own or [])) - set(axes))
 
     def of_experiment(
-        self, given: dict[str, list[str]], command: dict[str, list[str]], cfg: DictConfig
+        self, given: dict[str, list[str]], command: dict[str, list[str]], cfg: DictConfig, weak: Collection[str]
     ) -> Iterator[Trial]:
         """Trials of one experiment: its swept parameters and variants, under what the command line says."""
         params = cfg.hydra.sweeper.get("params") or {}
         swept = self.axes([f"{key}={value}" for key, value in params.items()])
+        given = {key: values for key, values in given.items() if not (key in weak and key in swept)}
         variants = OmegaConf.to_container(cfg.sweep, resolve=True).get("variants") if cfg.get("sweep") else None
         found, parsed = False, [self.axes(variant) for variant in variants or [[]]]
         for own in parsed:
