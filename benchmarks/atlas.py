@@ -31,7 +31,7 @@ from typing import Any
 import lightning as L
 
 from primeflow_perturbench.data.atlas.module import AtlasDataModule
-from primeflow_perturbench.leaderboard.record import commit, hardware, peak_memory, versions, write_json
+from primeflow_perturbench.training.provenance import commit, hardware, peak_memory, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "atlas.json"
 BARS = {"peak_gib": 4.0, "loading_share": 0.2}
@@ -121,8 +121,8 @@ def train_once(chosen: argparse.Namespace, sizes: dict[str, Any]) -> None:
     """One run in this process; its figures go to ``run.json`` in its folder."""
     import hydra
 
-    from primeflow_perturbench import resolvers
-    from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+    from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+    from primeflow_perturbench.training import resolvers
 
     resolvers.register()
     folder, clock = Path(chosen.run), Clock(sizes["steps"] // 2 if chosen.kill else None)
@@ -179,7 +179,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def measure(folder: Path, sizes: dict[str, Any], quick: bool) -> dict[str, Any]:
     """Simulate the atlas, unless it is there, and train on it; all figures."""
-    from primeflow_perturbench.data.simulate_atlas import simulate_atlas
+    from primeflow_perturbench.simulation.atlas import simulate_atlas
 
     manifest = folder / "manifest.yaml"
     if not manifest.is_file():

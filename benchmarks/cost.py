@@ -23,7 +23,7 @@ from typing import Any
 from loading import BATCH, data_module, exhaust, write_screen
 from recipes import PeakMemory, autocast, build, in_bf16, run_job, timed, training_step
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 SIZES = {
@@ -68,7 +68,7 @@ def network_steps(genes: int, batch: int, conditions: int, device: str, **change
     """A step of sampling and a step of training, of one network."""
     import torch
 
-    from primeflow_perturbench.flow.sampling import ODESolver
+    from primeflow_perturbench.flow.solver import ODESolver
 
     solver = ODESolver(*SOLVER)
     network = build("primeflow_fast", genes, conditions, **changed).to(device)

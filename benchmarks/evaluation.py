@@ -61,8 +61,8 @@ def peak_gib() -> float:
 
 
 def child(args: argparse.Namespace) -> None:
-    from primeflow_perturbench.benchmark.embedded.analysis.benchmarks import pipelines as p
-    from primeflow_perturbench.benchmark.embedded.analysis.benchmarks.evaluation import Evaluation
+    from primeflow_perturbench.perturbench.embedded.analysis.benchmarks import pipelines as p
+    from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.evaluation import Evaluation
 
     ref, model = make_screen(args.groups, args.conditions, args.cells, args.genes, args.seed)
     before = peak_gib()

@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
-from primeflow_perturbench.leaderboard.table import COLUMNS
+from primeflow_perturbench.evaluation.table import COLUMNS
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TRAINING = [

@@ -19,7 +19,7 @@ from typing import Any
 
 from recipes import CONDITION_WIDTH, build, in_bf16, timed, training_step
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 GENES = (500, 2000, 5000, 18080)
@@ -62,9 +62,9 @@ def write_screen(folder: Path, n_cells: int, n_genes: int, n_perturbations: int)
 
 def data_module(folder: Path, batch: int):
     """The data module of a run over what `write_screen` wrote, ready to train."""
-    from primeflow_perturbench.benchmark.embedded.data.datasets import SingleCellPerturbation
-    from primeflow_perturbench.benchmark.embedded.data.modules import AnnDataLitModule
-    from primeflow_perturbench.benchmark.embedded.data.transforms.pipelines import SingleCellPipeline
+    from primeflow_perturbench.perturbench.embedded.data.datasets import SingleCellPerturbation
+    from primeflow_perturbench.perturbench.embedded.data.modules import AnnDataLitModule
+    from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
 
     factory = partial(SingleCellPerturbation.from_anndata, perturbation_key="condition", covariate_keys=["cell_type"])
     dependencies = {"perturbation_uniques": "perturbation_uniques", "covariate_uniques": "covariate_uniques"}

@@ -2,7 +2,7 @@
 
     python benchmarks/means.py --cells cells.h5ad --split split.csv
 
-Fits the linear mixed model of `cells.means` to the training cells as it is and in the ways of `VARIANTS`, which were
+Fits the linear mixed model of `calibration.mixed_model` to the training cells as it is and in the ways of `VARIANTS`, which were
 tried and not kept, and sets the mean of the line's perturbed and control training cells beside it. Errors are squared
 distances in gene space: of training conditions when each is left out, in units of a cell's variance; of held-out ones
 to the mean of the measured cells, less what so few cells are off by. In high dimensions a mean that is off by d adds
@@ -23,8 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from primeflow_perturbench.cells.condition import ConditionEncoder
-from primeflow_perturbench.cells.means import (
+from primeflow_perturbench.calibration.mixed_model import (
     CONDITIONS_EACH,
     MOST_COMPONENTS,
     ConditionSurvey,
@@ -32,7 +31,8 @@ from primeflow_perturbench.cells.means import (
     cell_spread,
     choose_components,
 )
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
+from primeflow_perturbench.conditions.condition import ConditionEncoder
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

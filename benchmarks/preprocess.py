@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULT = Path(__file__).parent / "results" / "preprocess.json"
 GROUPS = 4

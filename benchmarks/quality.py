@@ -21,8 +21,8 @@ import pandas as pd
 from rich.console import Console
 from sklearn.metrics import pairwise_distances
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json
-from primeflow_perturbench.leaderboard.table import COLUMNS
+from primeflow_perturbench.evaluation.table import COLUMNS
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 # Cells a condition, as in the paper.

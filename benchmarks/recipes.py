@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from primeflow_perturbench.leaderboard.record import commit, hardware, versions, write_json  # noqa: E402
+from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json  # noqa: E402
 
 # Settings of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read; and
 # of `primeflow_fast` with `model/network=unet_patches`.
@@ -58,7 +58,7 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
     """Network of a recipe, its first weights from seed 0; ``changed`` replaces numbers of `RECIPES`."""
     import torch
 
-    from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+    from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
     from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
     from primeflow_perturbench.networks.residual_mlp import ResidualMLP
     from primeflow_perturbench.networks.unet import UNet
@@ -96,7 +96,7 @@ def training_step(network, velocity, x_1, condition) -> Callable[[], None]:
     """
     from primeflow_perturbench.flow.loss import flow_matching_loss
     from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
-    from primeflow_perturbench.training.optimiser import build_adam
+    from primeflow_perturbench.training.optimizer import build_adam
 
     optimizer = build_adam(network.parameters(), 2e-4, 0.0)
 

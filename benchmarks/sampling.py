@@ -44,7 +44,7 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
     """A run for each solver of a recipe, with one network at one strength of guidance."""
     import torch
 
-    from primeflow_perturbench.flow.sampling import ODESolver
+    from primeflow_perturbench.flow.solver import ODESolver
 
     peak = PeakMemory(device)
     network = build(job["recipe"], job["genes"]).to(device).eval()
@@ -64,9 +64,9 @@ def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, sec
     """Generate batches of cells to the host's memory for at least so many seconds, after a warm-up of one step."""
     import torch
 
-    from primeflow_perturbench.cells.batch_size import TILE, BatchSize
-    from primeflow_perturbench.cells.generation import CellGenerator
-    from primeflow_perturbench.flow.sampling import ODESolver
+    from primeflow_perturbench.flow.solver import ODESolver
+    from primeflow_perturbench.sampling.batch_size import TILE, BatchSize
+    from primeflow_perturbench.sampling.sampler import CellGenerator
 
     condition, null = torch.eye(CONDITION_WIDTH, device=device)[:1], torch.zeros(CONDITION_WIDTH, device=device)
     size = BatchSize(cells)

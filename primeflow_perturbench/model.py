@@ -13,35 +13,35 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from primeflow_perturbench.benchmark import load
-from primeflow_perturbench.cells.batch_size import BatchSize
-from primeflow_perturbench.cells.calibration import calibrated
-from primeflow_perturbench.cells.condition import ConditionEncoder, CovariateSurvey
-from primeflow_perturbench.cells.control_pool import ControlPool, ControlSurvey
-from primeflow_perturbench.cells.decoding import ExpressionSurvey, decode_expression, learn_detection_limit
-from primeflow_perturbench.cells.embedding_tables import ExternalRows, seen_in_training, with_tables
-from primeflow_perturbench.cells.gene_knowledge import tell_genes, wants_cells
-from primeflow_perturbench.cells.generation import Block, CellGenerator, gather
-from primeflow_perturbench.cells.marginals import ConditionMarginals, MarginalSurvey
-from primeflow_perturbench.cells.space import GeneSpace, PCASpace, refuse_gene_settings
-from primeflow_perturbench.cells.table import Conditions, quoted
-from primeflow_perturbench.cells.unmeasured import fill_unmeasured, refuse_unmeasured
+from primeflow_perturbench.calibration.mapping import calibrated
+from primeflow_perturbench.calibration.marginals import ConditionMarginals, MarginalSurvey
+from primeflow_perturbench.conditions.condition import ConditionEncoder, CovariateSurvey
+from primeflow_perturbench.conditions.embedding_tables import ExternalRows, seen_in_training, with_tables
+from primeflow_perturbench.conditions.table import Conditions, quoted
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.finetuning.groups import adam_groups, checked_finetuning, freeze
-from primeflow_perturbench.finetuning.matching import take_over
+from primeflow_perturbench.expression.control_pool import ControlPool, ControlSurvey
+from primeflow_perturbench.expression.detection_limit import ExpressionSurvey, decode_expression, learn_detection_limit
+from primeflow_perturbench.expression.gene_metadata import tell_genes, wants_cells
+from primeflow_perturbench.expression.space import GeneSpace, PCASpace, refuse_gene_settings
+from primeflow_perturbench.expression.unmeasured import fill_unmeasured, refuse_unmeasured
+from primeflow_perturbench.finetuning.weight_transfer import take_over
 from primeflow_perturbench.flow.coupling import independent_coupling, optimal_transport_coupling
 from primeflow_perturbench.flow.guidance import check_interval
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import PathSample, StraightPath, logit_normal_time, uniform_time
-from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
-from primeflow_perturbench.networks.conditions import External, MultiHot
+from primeflow_perturbench.networks.condition_embedding import External, MultiHot
 from primeflow_perturbench.networks.layers import TimeConditionEmbedding
 from primeflow_perturbench.networks.preconditioning import WEIGHTS, GaussianPreconditioning
-from primeflow_perturbench.sharing.folder import load_model, save_model
-from primeflow_perturbench.sharing.sample import sample_conditions
+from primeflow_perturbench.perturbench.backend import load
+from primeflow_perturbench.pretrained.folder import load_model, save_model
+from primeflow_perturbench.pretrained.sample import sample_conditions
+from primeflow_perturbench.sampling.batch_size import BatchSize
+from primeflow_perturbench.sampling.sampler import Block, CellGenerator, gather
 from primeflow_perturbench.training.noise import Noise, batch_noise
-from primeflow_perturbench.training.optimiser import build_adam
+from primeflow_perturbench.training.optimizer import build_adam
+from primeflow_perturbench.training.parameter_groups import adam_groups, checked_finetuning, freeze
 from primeflow_perturbench.training.schedule import build_schedule
 
 log = logging.getLogger(__name__)
@@ -121,12 +121,12 @@ class PRiMeFlow(PerturbationModel):
         are its genes.
     conditions
         ``(n_perturbations, covariates) -> nn.Module``, what the network reads of a condition vector, see
-        `networks.conditions`.
+        `networks.condition_embedding`.
     space
-        ``(n_genes) -> nn.Module``, the space that the flow works in, see `cells.space`.
+        ``(n_genes) -> nn.Module``, the space that the flow works in, see `expression.space`.
     source
         Where paths begin: ``"gaussian"`` is standard normal noise, ``"control"`` a control training cell of the same
-        covariates with some noise, see `cells.control_pool`.
+        covariates with some noise, see `expression.control_pool`.
     source_noise
         Standard deviation of the normal noise on a control cell, in units of the space.
     source_cells
@@ -157,7 +157,7 @@ class PRiMeFlow(PerturbationModel):
     calibrate
         ``"mean"``: the cells of a condition are moved to the mean that a linear mixed model of the training conditions
         predicts for it; ``"marginals"``: to its share of cells that express each gene as well, and to no more than
-        its spread of their values; ``"none"``: they stay, see `cells.calibration` and `cells.marginals`. Training
+        its spread of their values; ``"none"``: they stay, see `calibration.mapping` and `calibration.marginals`. Training
         learns the model where this is not "none", and cannot do so afterwards.
     calibration_cells
         The first cells of each condition that say how it is to be moved; they are generated also where fewer are
@@ -175,7 +175,7 @@ class PRiMeFlow(PerturbationModel):
         scheduler, ``{conf, dependencies, extras}``.
     finetuning
         ``{freeze, lr_factor}``: which of the groups ``genes``, ``conditions`` and ``trunk`` stay as they are, and the
-        learning rate of each as a share of ``lr``; ``None`` trains all parameters alike. See `finetuning.groups`.
+        learning rate of each as a share of ``lr``; ``None`` trains all parameters alike. See `training.parameter_groups`.
 
     Raises
     ------
@@ -307,7 +307,7 @@ class PRiMeFlow(PerturbationModel):
         self.taken_over: dict[str, Any] | None = None
 
     def take_over(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin with the weights of a checkpoint of other cells, matched by name, see `finetuning.matching`.
+        """Begin with the weights of a checkpoint of other cells, matched by name, see `finetuning.weight_transfer`.
 
         What is learnt without gradients is learnt anew from the cells that the model is fitted to.
         """

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from primeflow_perturbench import resolvers
+from primeflow_perturbench.training import resolvers
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "files"
 torch.set_num_threads(1)
 resolvers.register()
 

@@ -6,12 +6,12 @@ import anndata as ad
 import hydra
 import numpy as np
 import pandas as pd
+import primeflow_perturbench.configs
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import primeflow_perturbench.configs
-from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.perturbench.embedded.modelcore.train import train
 
 CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))

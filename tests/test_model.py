@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.benchmark import load
-from primeflow_perturbench.benchmark.embedded.modelcore.train import train
-from primeflow_perturbench.data.simulate import Screen, ScreenSpec
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
-from primeflow_perturbench.networks.genes import GenePatches
+from primeflow_perturbench.networks.gene_tokens import GenePatches
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.unet import UNet
+from primeflow_perturbench.perturbench.backend import load
+from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.simulation.screen import Screen, ScreenSpec
 from primeflow_perturbench.training.checkpoints import Checkpoint
 
 Batch = load("data.types.Batch")

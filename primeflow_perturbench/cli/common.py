@@ -48,8 +48,8 @@ def answering(work: Callable[[], object]) -> None:
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue
 
-    from primeflow_perturbench.benchmark.embedded.errors import DataError
     from primeflow_perturbench.errors import InputError
+    from primeflow_perturbench.perturbench.embedded.errors import DataError
 
     try:
         work()

@@ -145,8 +145,8 @@ def _download(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> None:
-    from primeflow_perturbench.data.check import check_anndata, read_h5ad
-    from primeflow_perturbench.data.report import STYLES, check_table, verdict
+    from primeflow_perturbench.data.check_report import STYLES, check_table, verdict
+    from primeflow_perturbench.data.checks import check_anndata, read_h5ad
 
     if chosen.file.endswith((".yaml", ".yml")):
         _check_atlas(chosen.file, console)
@@ -171,7 +171,7 @@ def _check(chosen: argparse.Namespace, console: Console) -> None:
 
 def _check_atlas(manifest: str, console: Console) -> None:
     from primeflow_perturbench.data.atlas.report import check_atlas
-    from primeflow_perturbench.data.report import STYLES
+    from primeflow_perturbench.data.check_report import STYLES
 
     table, errors = check_atlas(manifest)
     console.print(table)
@@ -203,8 +203,8 @@ def _preprocess(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _split(chosen: argparse.Namespace, console: Console) -> None:
+    from primeflow_perturbench.data.splits import read_context, read_labels, write_split
     from primeflow_perturbench.errors import InputError
-    from primeflow_perturbench.finetuning.split_file import read_context, read_labels, write_split
 
     narrowed = chosen.task == "narrow"
     if narrowed and chosen.test_perturbations is None:

@@ -51,8 +51,8 @@ def main() -> None:
     }
 
     def challenge() -> None:
-        from primeflow_perturbench.challenge.scoring import evaluate_profile
         from primeflow_perturbench.errors import InputError
+        from primeflow_perturbench.evaluation.challenge.scoring import evaluate_profile
 
         if chosen.covariate_keys:
             raise InputError(
@@ -72,7 +72,7 @@ def main() -> None:
         )
 
     def work() -> None:
-        from primeflow_perturbench.runs import evaluate_files
+        from primeflow_perturbench.training.run import evaluate_files
 
         evaluate_files(
             chosen.predicted,

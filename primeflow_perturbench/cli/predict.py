@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> None:
     console = make_console()
 
     def work() -> None:
-        from primeflow_perturbench.predicting import predict_run
+        from primeflow_perturbench.sampling.predict import predict_run
 
         quieten_lightning()
         predict_run(cfg, console)

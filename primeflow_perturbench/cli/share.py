@@ -26,7 +26,7 @@ def main() -> None:
     console = make_console()
 
     def work() -> None:
-        from primeflow_perturbench.sharing.from_run import share_checkpoint
+        from primeflow_perturbench.pretrained.from_run import share_checkpoint
 
         quieten_lightning()
         share_checkpoint(chosen.checkpoint, chosen.output, chosen.overwrite, chosen.license)

@@ -14,8 +14,8 @@ def main(cfg: DictConfig) -> float | None:
 
     def work() -> None:
         nonlocal objective
-        from primeflow_perturbench.runs import train_run
         from primeflow_perturbench.sweeps.objective import objective_value
+        from primeflow_perturbench.training.run import train_run
 
         quieten_lightning()
         summary = train_run(cfg, console)

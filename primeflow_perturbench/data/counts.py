@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import sparse_dataset
 
-from primeflow_perturbench.data.check import Finding
+from primeflow_perturbench.data.checks import Finding
 from primeflow_perturbench.errors import InputError
 
 # Values worked on at once, and read at once where the storage is not by cells: 4 and 64 MB of float32.

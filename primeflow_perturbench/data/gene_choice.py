@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from primeflow_perturbench.data.check import Finding, counted, some
+from primeflow_perturbench.data.checks import Finding, counted, some
 from primeflow_perturbench.data.counts import Block, Counts
 
 # Bins of mean expression within which dispersions are compared, as in scanpy.

@@ -23,8 +23,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from primeflow_perturbench import __version__
-from primeflow_perturbench.benchmark.embedded.files import replacing
-from primeflow_perturbench.data.check import (
+from primeflow_perturbench.data.checks import (
     Finding,
     check_columns,
     check_controls,
@@ -37,6 +36,7 @@ from primeflow_perturbench.data.check import (
 from primeflow_perturbench.data.counts import Counts
 from primeflow_perturbench.data.gene_choice import Conditions, highly_variable, survey
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.embedded.files import replacing
 
 UNS_KEY = "preprocess"
 KINDS = ["highly_variable", "de", "perturbed"]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.finetuning.names import Match
-from primeflow_perturbench.networks.genes import FREE, GeneLayout, GenePatches
+from primeflow_perturbench.finetuning.vocabulary_match import Match
+from primeflow_perturbench.networks.gene_tokens import FREE, GeneLayout, GenePatches
 
 
 def kept_order(old_order: Tensor, capacity: int, genes: Match) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from primeflow_perturbench.evaluation.table import CAPTION, heading
 from primeflow_perturbench.leaderboard.collect import Collection, Run
 from primeflow_perturbench.leaderboard.page import Cell, Column, Section, TableBlock, TextBlock
-from primeflow_perturbench.leaderboard.table import CAPTION, heading
 from primeflow_perturbench.leaderboard.tables import MISSING, MODEL, NOTE, ResultTable, better
 
 HOW_TO_READ = (

@@ -13,14 +13,14 @@ import pandas as pd
 import scipy.sparse as sp
 
 from primeflow_perturbench import __version__
-from primeflow_perturbench.benchmark.embedded.data.datasplitter import read_split_csv
-from primeflow_perturbench.benchmark.embedded.files import replacing
-from primeflow_perturbench.data.check import read_h5ad
+from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.evaluation.references import SplitCells
 from primeflow_perturbench.leaderboard.collect import Run
 from primeflow_perturbench.leaderboard.page import FigureBlock
-from primeflow_perturbench.leaderboard.record import file_hash
-from primeflow_perturbench.leaderboard.references import SplitCells
+from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv
+from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.training.provenance import file_hash
 
 PREDICTED = "predicted.h5ad"
 

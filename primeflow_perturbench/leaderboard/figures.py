@@ -25,7 +25,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.leaderboard.table import heading
+from primeflow_perturbench.evaluation.table import heading
 
 Cells = np.ndarray | sp.spmatrix | sp.sparray | ad.AnnData
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from primeflow_perturbench.benchmark.embedded.errors import DataError
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.evaluation.references import REFERENCES
+from primeflow_perturbench.evaluation.table import CEILING
 from primeflow_perturbench.leaderboard import blocks
 from primeflow_perturbench.leaderboard.collect import RUNS, Collection, Run, collect
 from primeflow_perturbench.leaderboard.drawing import (
@@ -22,10 +23,8 @@ from primeflow_perturbench.leaderboard.drawing import (
 )
 from primeflow_perturbench.leaderboard.page import Block, FigureBlock, Section, TextBlock, write_page
 from primeflow_perturbench.leaderboard.published import Published, published_rows
-from primeflow_perturbench.leaderboard.references import REFERENCES
 from primeflow_perturbench.leaderboard.regimes import MEANING, regimes
 from primeflow_perturbench.leaderboard.statistics import compare
-from primeflow_perturbench.leaderboard.table import CEILING
 from primeflow_perturbench.leaderboard.tables import (
     ResultTable,
     best_label,
@@ -39,6 +38,7 @@ from primeflow_perturbench.leaderboard.tables import (
     write_csv,
     write_tables,
 )
+from primeflow_perturbench.perturbench.embedded.errors import DataError
 
 PAGE = "report.html"
 # A table of every condition and model beyond so many rows is left to its CSV file.

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from primeflow_perturbench.networks.genes import OwnValues
+from primeflow_perturbench.networks.gene_tokens import OwnValues
 from primeflow_perturbench.networks.layers import (
     AdaptiveBranch,
     TimeConditionEmbedding,

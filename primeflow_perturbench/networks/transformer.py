@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from primeflow_perturbench.networks.genes import GenePatches
+from primeflow_perturbench.networks.gene_tokens import GenePatches
 from primeflow_perturbench.networks.layers import AdaptiveBranch, TimeConditionEmbedding, feed_forward
 
 

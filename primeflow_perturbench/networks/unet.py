@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from primeflow_perturbench.networks.genes import GeneTokens
+from primeflow_perturbench.networks.gene_tokens import GeneTokens
 from primeflow_perturbench.networks.layers import TimeConditionEmbedding, normalisation, zero_initialised
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from primeflow_perturbench.benchmark.embedded.files import replacing
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.embedded.files import replacing
 from primeflow_perturbench.sweeps.plan import quoted
 from primeflow_perturbench.sweeps.records import (
     DONE,

@@ -36,7 +36,7 @@ KILLED = "its worker was killed {} times, as by a lack of memory"
 def train(cfg: DictConfig, console: Console) -> None:
     """Run as ``primeflow train`` does."""
     from primeflow_perturbench.cli.common import quieten_lightning
-    from primeflow_perturbench.runs import train_run
+    from primeflow_perturbench.training.run import train_run
 
     quieten_lightning()
     summary = train_run(cfg, console)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from primeflow_perturbench.benchmark import backend
+from primeflow_perturbench.perturbench.backend import backend
 
 
 def describe() -> str:

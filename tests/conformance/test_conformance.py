@@ -18,8 +18,8 @@ import torch
 from omegaconf import OmegaConf
 
 from primeflow_perturbench import PRiMeFlow
-from primeflow_perturbench.benchmark import backend, load
-from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.perturbench.backend import backend, load
+from primeflow_perturbench.perturbench.embedded.modelcore.train import train
 
 SMALL = [
     "data=h5ad",
@@ -276,7 +276,7 @@ import sys
 from omegaconf import OmegaConf
 import pandas as pd
 import primeflow_perturbench.configs
-from primeflow_perturbench.benchmark.embedded.modelcore.train import train
+from primeflow_perturbench.perturbench.embedded.modelcore.train import train
 
 done = train(OmegaConf.load(sys.argv[1]))
 assert done["trainer"].world_size == 2

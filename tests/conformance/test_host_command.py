@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from primeflow_perturbench.benchmark import backend
+from primeflow_perturbench.perturbench.backend import backend
 
 pytestmark = pytest.mark.skipif(backend() != "perturbench", reason="needs a package perturbench")
 

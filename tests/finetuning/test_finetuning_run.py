@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from primeflow_perturbench.benchmark.embedded.errors import DataError
-from primeflow_perturbench.benchmark.embedded.modelcore.train import train
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.finetuning.groups import checked_finetuning, parameters_of_groups
 from primeflow_perturbench.finetuning.report import TellTakenOver, sentences
 from primeflow_perturbench.model import PRiMeFlow
+from primeflow_perturbench.perturbench.embedded.errors import DataError
+from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.training.parameter_groups import checked_finetuning, parameters_of_groups
 from primeflow_perturbench.training.schedule import warmup_cosine
 
 SETTINGS = [

@@ -46,7 +46,7 @@ def record(label, seed, file="screen.h5ad", **changed):
     """What environment.json of a run holds."""
     hashes = HASHES | changed
     return {
-        "backend": "primeflow_perturbench.benchmark.embedded",
+        "backend": "primeflow_perturbench.perturbench.embedded",
         "commit": "0123456789ab",
         "versions": {"python": "3.11.7", "torch": "2.9.0"},
         "hardware": {"cpu": "a processor", "cores": 2},

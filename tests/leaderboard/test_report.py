@@ -15,7 +15,7 @@ from primeflow_perturbench.leaderboard import figures
 from primeflow_perturbench.leaderboard.blocks import cost_table, number, run_table
 from primeflow_perturbench.leaderboard.collect import collect
 from primeflow_perturbench.leaderboard.drawing import RunCells, chosen_conditions
-from primeflow_perturbench.leaderboard.record import file_hash
+from primeflow_perturbench.training.provenance import file_hash
 
 
 def call(monkeypatch, *arguments):

@@ -7,7 +7,7 @@ from torch import nn
 
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import StraightPath
-from primeflow_perturbench.flow.sampling import ODESolver
+from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 
 MEAN, STD = torch.tensor([0.0, 1.5, 3.0], dtype=torch.float64), torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
 from primeflow_perturbench.networks.transformer import Attention, PatchTransformer
 
 WIDTH = 3

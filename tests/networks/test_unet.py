@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.networks.genes import GenePatches, GeneTokens
+from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
 from primeflow_perturbench.networks.transformer import PatchTransformer

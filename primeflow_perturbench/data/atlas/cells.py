@@ -26,8 +26,8 @@ from primeflow_perturbench.data.atlas.manifest import (
 )
 from primeflow_perturbench.data.atlas.rows import StoredRows
 from primeflow_perturbench.data.atlas.unpacking import unpacked
-from primeflow_perturbench.data.check import LEAST_UNLOGGED_MAXIMUM, reason, some
-from primeflow_perturbench.data.simulate import TARGET_SUM
+from primeflow_perturbench.data.checks import LEAST_UNLOGGED_MAXIMUM, reason, some
+from primeflow_perturbench.simulation.screen import TARGET_SUM
 
 # Cells that tell whether values are counts or logged: in pieces from all over a file.
 SAMPLE_PIECES, SAMPLE_PIECE = 16, 32

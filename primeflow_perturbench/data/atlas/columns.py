@@ -10,8 +10,8 @@ import pandas as pd
 from anndata.io import read_elem
 
 from primeflow_perturbench.data.atlas.manifest import AtlasFile, refusal
-from primeflow_perturbench.data.check import some
-from primeflow_perturbench.data.simulate import CONTROL, DELIMITER
+from primeflow_perturbench.data.checks import some
+from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 
 def read_index(frame: h5py.Group) -> pd.Index:

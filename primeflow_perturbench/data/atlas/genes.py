@@ -11,7 +11,7 @@ import pandas as pd
 
 from primeflow_perturbench.data.atlas.columns import read_column, read_index
 from primeflow_perturbench.data.atlas.manifest import AtlasFile, Manifest, refusal
-from primeflow_perturbench.data.check import counted, some
+from primeflow_perturbench.data.checks import counted, some
 
 # "ENSG00000141510.18", "ENSMUSG00000059552.14"; "_PAR_Y" marks the copy of a gene on the Y chromosome.
 VERSIONED = re.compile(r"(ENS[A-Z]{0,6}G\d{11})\.\d+(_PAR_Y)?")

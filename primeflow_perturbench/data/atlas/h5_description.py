@@ -23,8 +23,8 @@ from primeflow_perturbench.data.atlas.manifest import (
     read_genes,
     refusal,
 )
-from primeflow_perturbench.data.check import reason
-from primeflow_perturbench.data.simulate import CONTROL, DELIMITER
+from primeflow_perturbench.data.checks import reason
+from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 FILE_KEYS = ("filename", "append_dataset_to_index")
 FACTORY_KEYS = (

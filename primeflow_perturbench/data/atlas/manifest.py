@@ -13,9 +13,9 @@ from typing import Literal
 
 import yaml
 
-from primeflow_perturbench.data.check import Finding, reason, some
-from primeflow_perturbench.data.simulate import CONTROL, DELIMITER
+from primeflow_perturbench.data.checks import Finding, reason, some
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 DATASET, METHOD, CONDITION = "dataset", "method", "condition"
 GENE_CHOICES = ("union", "intersection")

@@ -10,10 +10,9 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from primeflow_perturbench.benchmark.embedded.data.cells import Keys, split_label
-from primeflow_perturbench.benchmark.embedded.data.types import Batch
 from primeflow_perturbench.data.atlas.cells import AtlasCells, open_atlas
 from primeflow_perturbench.data.atlas.manifest import CONDITION, DATASET
+from primeflow_perturbench.data.atlas.narrowing import narrow, refuse_leaks
 from primeflow_perturbench.data.atlas.sampling import (
     BlockBatches,
     FetchLoader,
@@ -21,9 +20,10 @@ from primeflow_perturbench.data.atlas.sampling import (
     cell_weights,
     validation_cells,
 )
-from primeflow_perturbench.data.simulate import CONTROL, DELIMITER
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.finetuning.narrowing import narrow, refuse_leaks
+from primeflow_perturbench.perturbench.embedded.data.cells import Keys, split_label
+from primeflow_perturbench.perturbench.embedded.data.types import Batch
+from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 BALANCE = {DATASET: 0.5, CONDITION: 0.5}
 NO_TEST = "an atlas has no cells to test on: pretrain with test=false, then finetune to other data or predict"
@@ -132,7 +132,7 @@ class AtlasDataModule(L.LightningDataModule):
     val_fraction
         Share of the blocks that is for validation.
     narrowing
-        Settings of `finetuning.narrowing.narrow` (``context`` and ``test`` at least), which then says what is
+        Settings of `data.atlas.narrowing.narrow` (``context`` and ``test`` at least), which then says what is
         trained and validated on; ``test`` is a list of labels or a headerless CSV.
     heldout
         Table (CSV) of pairs of contexts and conditions that may have no cell in training; columns are covariates

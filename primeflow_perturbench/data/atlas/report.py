@@ -11,9 +11,9 @@ from rich.text import Text
 
 from primeflow_perturbench.data.atlas.cells import AtlasCells, OpenFile, assemble, open_file
 from primeflow_perturbench.data.atlas.manifest import CONDITION, Manifest, read_manifest
-from primeflow_perturbench.data.report import STYLES
-from primeflow_perturbench.data.simulate import CONTROL
+from primeflow_perturbench.data.check_report import STYLES
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.simulation.screen import CONTROL
 
 
 def check_atlas(path: str | Path, cache_dir: str | Path | None = None) -> tuple[Table, list[str]]:

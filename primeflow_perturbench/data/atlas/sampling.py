@@ -20,9 +20,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from primeflow_perturbench.benchmark.embedded.data.loading import BatchLoader, EpochBatches
-from primeflow_perturbench.benchmark.embedded.data.types import Batch
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.embedded.data.loading import BatchLoader, EpochBatches
+from primeflow_perturbench.perturbench.embedded.data.types import Batch
 
 # A block is read no more often an epoch; the rarest cells are then drawn more than once at a time.
 MOST_VISITS = 8

@@ -16,11 +16,11 @@ import scipy.sparse as sp
 from anndata.io import sparse_dataset
 from filelock import FileLock
 
-from primeflow_perturbench.benchmark.embedded.files import replacing
 from primeflow_perturbench.data.atlas.manifest import refusal
 from primeflow_perturbench.data.atlas.rows import is_plain
-from primeflow_perturbench.data.check import reason, require_h5ad
+from primeflow_perturbench.data.checks import reason, require_h5ad
 from primeflow_perturbench.data.counts import slabs
+from primeflow_perturbench.perturbench.embedded.files import replacing
 
 log = logging.getLogger(__name__)
 

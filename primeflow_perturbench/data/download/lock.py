@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Self
 
-from primeflow_perturbench.benchmark.embedded.files import replacing
 from primeflow_perturbench.data.download.catalogue import REPOSITORY, Dataset, unpacked_name
 from primeflow_perturbench.data.download.hub import RemoteFile
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.embedded.files import replacing
 
 LOCK = "perturbench.lock.json"
 

@@ -1,6 +1,6 @@
 """Data sets."""
 
-from primeflow_perturbench.benchmark.embedded.data.datasets import (
+from primeflow_perturbench.perturbench.embedded.data.datasets import (
     Counterfactual,
     CounterfactualWithReference,
     SingleCellPerturbation,

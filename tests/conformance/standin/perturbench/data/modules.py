@@ -3,7 +3,7 @@
 import lightning as L
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from primeflow_perturbench.benchmark.embedded.data import modules
+from primeflow_perturbench.perturbench.embedded.data import modules
 
 
 class AnnDataLitModule(L.LightningDataModule):

@@ -1,5 +1,5 @@
 """Batches."""
 
-from primeflow_perturbench.benchmark.embedded.data.types import Batch
+from primeflow_perturbench.perturbench.embedded.data.types import Batch
 
 __all__ = ["Batch"]

@@ -1,5 +1,5 @@
 """Transforms of batches."""
 
-from primeflow_perturbench.benchmark.embedded.data.transforms.pipelines import SingleCellPipeline
+from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
 
 __all__ = ["SingleCellPipeline"]

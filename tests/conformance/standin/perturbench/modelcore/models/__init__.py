@@ -8,7 +8,7 @@ import lightning as L
 import pandas as pd
 import torch
 
-from primeflow_perturbench.benchmark.embedded.modelcore.models import base
+from primeflow_perturbench.perturbench.embedded.modelcore.models import base
 
 
 class PerturbationModel(L.LightningModule):

@@ -1,0 +1,1 @@
+"""Calibration of generated cells by a linear mixed model of condition means."""

@@ -1,1 +1,0 @@
-"""Between tensors and biology: conditions, generated cells, expression."""

@@ -1,0 +1,1 @@
+"""Conditions: perturbations and covariates as the network reads them."""

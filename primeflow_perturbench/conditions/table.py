@@ -1,0 +1,287 @@
+"""A table of conditions to generate: checked, and as the tensors that a model reads."""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from primeflow_perturbench.errors import InputError
+
+if TYPE_CHECKING:
+    from primeflow_perturbench.conditions.embedding_tables import ExternalRows
+
+N_CELLS = "n_cells"
+Parts = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions to generate, a row each.
+
+    Attributes
+    ----------
+    obs
+        Covariates and perturbation of each row: text, or float32 of a continuous covariate; N rows.
+    counts
+        Cells of each row, shape (N,).
+    perturbations
+        Multi-hot (N, P), or summed embeddings (N, W), float32; zero for control.
+    covariates
+        By name one-hot (N, n), or the values (N, 1) of a continuous covariate, float32.
+    external
+        Summed external embeddings (N, E), float32, for a model that reads such; else ``None``.
+    """
+
+    obs: pd.DataFrame
+    counts: np.ndarray
+    perturbations: Tensor
+    covariates: dict[str, Tensor]
+    external: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Rows of a CSV file of conditions, all columns as text.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or is no table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no table of conditions {path}; give prediction_dataframe_path=PATH")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"the table of conditions {path} is empty; give a header and at least one row") from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} cannot be read as a CSV table of conditions ({reason})") from error
+
+
+def encode_conditions(
+    table: pd.DataFrame,
+    context: Mapping[str, Any],
+    n_cells: int,
+    *,
+    control_cells: int | None = None,
+    perturbation_embeddings: pd.DataFrame | None = None,
+    external: "ExternalRows | None" = None,
+    where: str = "the table of conditions",
+) -> Conditions:
+    """Check a table of conditions against what a model was trained on, and encode it.
+
+    Pairs of perturbation and covariates that training lacks are fine, and the parts of a combination may come
+    in any order. Columns that are neither the perturbation, a covariate nor ``n_cells`` are left out.
+
+    Parameters
+    ----------
+    table
+        A row a condition: the perturbation column, the covariate columns, and if wanted ``n_cells``.
+    context
+        Training context, see the host's data set.
+    n_cells
+        Cells of each condition; the table's column ``n_cells`` wins where it is there.
+    control_cells
+        Adds the control condition of every combination of covariates in the table that lacks it, with so many
+        cells; ``None`` adds nothing.
+    perturbation_embeddings
+        Table with a row a perturbation, for a model that was trained with the host's embeddings.
+    external
+        External embeddings by name, for a model whose encoder of conditions reads such.
+    where
+        What errors call the table.
+
+    Raises
+    ------
+    InputError
+        If a column or a value is missing, a perturbation or a category unknown, a number of cells not positive
+        and whole, or a condition there twice. Rows are counted from 1, without the header.
+    """
+    key, names = context["perturbation_key"], list(context["covariate_keys"] or ())
+    check_columns(table, [*names, key], where)
+    if table.empty:
+        raise InputError(f"{where} has no row; give at least one condition")
+    check_values(table[[*names, key]], where)
+    uniques = context.get("covariate_uniques") or {}
+    obs = pd.DataFrame({name: covariate_column(table[name], uniques[name], where) for name in names})
+    obs[key] = table[key].astype(str).to_numpy()
+    counts = cell_counts(table, n_cells, where)
+    if control_cells is not None:
+        controls = missing_controls(obs, context)
+        obs = pd.concat([obs, controls], ignore_index=True)
+        added = np.full(len(controls), whole_number(control_cells, "control_cells"))
+        counts = np.concatenate([counts, added])
+    parts = [split_parts(label, context) for label in obs[key]]
+    check_distinct(obs, parts, key, where)
+    summed = None
+    if external is not None:
+        perturbations, summed = external.encode(parts, key, where)
+    elif perturbation_embeddings is not None:
+        perturbations = summed_embeddings(parts, perturbation_embeddings, key, where)
+    else:
+        perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
+    covariates = {name: covariate_tensor(obs[name], uniques[name]) for name in names}
+    return Conditions(obs, counts, perturbations, covariates, summed)
+
+
+def split_parts(label: str, context: Mapping[str, Any]) -> Parts:
+    """Perturbations in a label, none for control; a part that is the control's name is left out."""
+    delimiter, control = context["perturbation_combination_delimiter"], context["perturbation_control_value"]
+    parts = label.split(delimiter) if delimiter and label != control else [label]
+    return tuple(part for part in parts if part != control)
+
+
+def check_columns(table: pd.DataFrame, wanted: Sequence[str], where: str) -> None:
+    """Raise `InputError` that names the columns that the table lacks and those that it has."""
+    missing = [column for column in wanted if column not in table]
+    if missing:
+        has = quoted(table.columns) or "none"
+        raise InputError(f"{where} has no column {quoted(missing)}; its columns are {has}, add what is missing")
+
+
+def check_values(table: pd.DataFrame, where: str) -> None:
+    """Raise `InputError` for the first cell of the table that holds nothing."""
+    blank = table.isna() | table.astype(str).apply(lambda column: column.str.strip() == "")
+    if blank.to_numpy().any():
+        row, column = np.argwhere(blank.to_numpy())[0]
+        raise InputError(
+            f"{where}, row {row + 1} has no value in column {table.columns[column]!r}; fill it in or drop the row"
+        )
+
+
+def covariate_column(column: pd.Series, uniques: Sequence[Any] | None, where: str) -> np.ndarray:
+    """Values (N,) of a covariate: known categories as text, or float32 where ``uniques`` is ``None``."""
+    if uniques is None:
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
+        if not np.isfinite(numbers).all():
+            row = int(np.flatnonzero(~np.isfinite(numbers))[0])
+            raise InputError(
+                f"{where}, row {row + 1} has {str(column.iloc[row])!r} in column {column.name!r}, a covariate that "
+                "was a number in training; give a finite number"
+            )
+        return numbers
+    text = column.astype(str)
+    known = [str(value) for value in uniques]
+    unknown = list(dict.fromkeys(text[~text.isin(known)]))
+    if unknown:
+        raise InputError(
+            f"{where}, column {column.name!r} has {count(unknown, 'value')} not seen in training, "
+            f"{with_nearest(unknown, known)}; "
+            f"known values are {quoted(known)}"
+        )
+    return text.to_numpy()
+
+
+def covariate_tensor(values: pd.Series, uniques: Sequence[Any] | None) -> Tensor:
+    """One-hot (N, n) in the order of ``uniques``, or (N, 1) of a continuous covariate."""
+    if uniques is None:
+        return torch.tensor(values.to_numpy(np.float32))[:, None]
+    index = pd.Index([str(value) for value in uniques]).get_indexer(values)
+    return torch.nn.functional.one_hot(torch.from_numpy(index.astype(np.int64)), len(uniques)).to(torch.float32)
+
+
+def cell_counts(table: pd.DataFrame, n_cells: int, where: str) -> np.ndarray:
+    """Cells of each row (N,): the table's column, or ``n_cells`` for all."""
+    if N_CELLS not in table:
+        return np.full(len(table), whole_number(n_cells, N_CELLS))
+    given = enumerate(table[N_CELLS], start=1)
+    return np.array([whole_number(value, f"{where}, row {row}: {N_CELLS}") for row, value in given])
+
+
+def whole_number(value: Any, what: str) -> int:
+    """A positive whole number, also from text or a float; else `InputError`."""
+    number = pd.to_numeric(value, errors="coerce")
+    if not (np.isfinite(number) and number >= 1 and number == int(number)):
+        raise InputError(f"{what} must be a positive whole number, got {str(value)!r}")
+    return int(number)
+
+
+def missing_controls(obs: pd.DataFrame, context: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of ``obs`` for the control of each combination of covariates that lacks it, in order of appearance."""
+    key, control = context["perturbation_key"], context["perturbation_control_value"]
+    columns = [obs[name] for name in obs if name != key]
+    groups = list(zip(*columns, strict=True)) if columns else [()] * len(obs)
+    present = {group for group, label in zip(groups, obs[key], strict=True) if not split_parts(label, context)}
+    rows: dict[tuple, int] = {}
+    for row, group in enumerate(groups):
+        if group not in present:
+            rows.setdefault(group, row)
+    return obs.iloc[list(rows.values())].assign(**{key: control})
+
+
+def check_distinct(obs: pd.DataFrame, parts: Sequence[Parts], key: str, where: str) -> None:
+    """Raise `InputError` if two rows are the same condition, be it with its parts in another order."""
+    covariates = obs.drop(columns=key)
+    seen: dict[tuple, int] = {}
+    for row, (names, values) in enumerate(zip(parts, covariates.to_numpy(dtype=object), strict=True)):
+        condition = (frozenset(names), *values)
+        if condition in seen:
+            label = ", ".join(map(str, obs.iloc[row]))
+            raise InputError(
+                f"{where}, rows {seen[condition] + 1} and {row + 1} are the same condition ({label}); merge them into "
+                f"one row, with the sum of their {N_CELLS}"
+            )
+        seen[condition] = row
+
+
+def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: str) -> Tensor:
+    """Multi-hot (N, P) of perturbations in the order of ``uniques``."""
+    columns = {str(name): column for column, name in enumerate(uniques)}
+    unknown = list(dict.fromkeys(name for names in parts for name in names if name not in columns))
+    if unknown:
+        raise InputError(
+            f"{where}, column {key!r} has {count(unknown, 'perturbation')} not seen in training, "
+            f"{with_nearest(unknown, columns)}; take names of the training cells, or train with "
+            "model/conditions=external"
+        )
+    encoded = torch.zeros(len(parts), len(columns))
+    for row, names in enumerate(parts):
+        encoded[row, [columns[name] for name in names]] = 1.0
+    return encoded
+
+
+def summed_embeddings(parts: Sequence[Parts], embeddings: pd.DataFrame, key: str, where: str) -> Tensor:
+    """Sums (N, W) of the parts' embeddings, each part once, in the order of their rows."""
+    rows = {str(name): row for row, name in enumerate(embeddings.index)}
+    unknown = list(dict.fromkeys(name for names in parts for name in names if name not in rows))
+    if unknown:
+        raise InputError(
+            f"{where}, column {key!r} has {count(unknown, 'perturbation')} without a row in the perturbation "
+            f"embeddings, {with_nearest(unknown, rows)}; add the rows or drop these conditions"
+        )
+    vectors = embeddings.to_numpy(np.float32)
+    summed = [vectors[sorted({rows[name] for name in names})].sum(axis=0) for names in parts]
+    return torch.from_numpy(np.stack(summed))
+
+
+def count(names: Collection[Any], noun: str) -> str:
+    """How many there are, with the noun in its number."""
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
+
+
+def with_nearest(unknown: Sequence[str], known: Iterable[str], most: int = 10) -> str:
+    """The first few unknown names, each with the known name that it is close to."""
+    known = list(known)
+
+    def hint(name: str) -> str:
+        close = difflib.get_close_matches(name, known, n=1)
+        return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)
+
+    more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
+    return ", ".join(map(hint, unknown[:most])) + more
+
+
+def quoted(names: Collection[Any], most: int = 10) -> str:
+    """The first few names in quotes, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(str(name)) for name in list(names)[:most]) + more

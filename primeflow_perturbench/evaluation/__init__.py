@@ -1,0 +1,1 @@
+"""Scores of generated cells, references and the Virtual Cell Challenge."""

@@ -1,0 +1,1 @@
+"""Virtual Cell Challenge: output steps and official scorers."""

@@ -1,0 +1,1 @@
+"""Folders of models to share: save, load, hub and model card."""

@@ -1,0 +1,1 @@
+"""Sampling of cells, to memory and to disk."""

@@ -1,0 +1,344 @@
+"""Generate the cells of a table of conditions with a trained model, to disk."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from primeflow_perturbench.conditions.table import Conditions, encode_conditions, read_table
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, challenge_settings
+from primeflow_perturbench.flow.solver import ODESolver
+from primeflow_perturbench.model import PRiMeFlow, as_plain
+from primeflow_perturbench.perturbench.backend import load
+from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
+from primeflow_perturbench.pretrained.folder import build, read_shared
+from primeflow_perturbench.sampling.sampler import Block
+from primeflow_perturbench.sampling.writer import (
+    INDEX_FILE,
+    cells_obs,
+    file_names,
+    is_index,
+    not_written,
+    numbered,
+    read_record,
+    write_file,
+    write_files,
+)
+from primeflow_perturbench.training.resolvers import best_precision
+
+# Type that a precision of Lightning's computes matrix products in, `None` for that of the weights.
+PRECISIONS = {
+    "32": None,
+    "32-true": None,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "16": torch.float16,
+    "16-mixed": torch.float16,
+}
+# Settings of `model` that say how to sample, not what was trained.
+SAMPLING = (
+    "guidance",
+    "guidance_interval",
+    "solver",
+    "sample_batch_size",
+    "detection_limit",
+    "calibrate",
+    "calibration_cells",
+    "compile",
+)
+
+
+def predict_run(cfg: DictConfig, console: Console) -> Path:
+    """Generate the conditions of a table with the model of a checkpoint.
+
+    PRiMeFlow needs the checkpoint alone. Any other model shifts control cells, which it takes from the data of
+    its run: there must be the run's ``config.yaml``.
+
+    Parameters
+    ----------
+    cfg
+        Composed ``predict.yaml``.
+
+    Returns
+    -------
+    The file of cells, or the folder of files.
+
+    Raises
+    ------
+    InputError, DataError
+        On a bad checkpoint, table or setting.
+    """
+    path = Path(cfg.ckpt_path)
+    checkpoint = read_checkpoint(path)
+    run = run_settings(path)
+    with open_dict(cfg):
+        cfg.precision = cfg.precision or OmegaConf.select(run, "trainer.precision") or best_precision()
+    if "primeflow" not in checkpoint:
+        return predict_from_controls(cfg, run, console)
+    output, device, precision = output_of(cfg), device_of(cfg.trainer.accelerator), str(cfg.trainer.precision)
+    at_precision = autocast(device, precision)
+    challenge = challenge_settings(cfg, run)
+    model = load_model(cfg, path, checkpoint["hyper_parameters"]).to(device)
+    conditions = conditions_of(cfg, run, checkpoint, challenge["control_cells"], model)
+    context = checkpoint["training_record"]["train_context"]
+    handed_in = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
+    del checkpoint
+    with at_precision:
+        files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition, handed_in)
+    size = decimal(sum(file.stat().st_size for file in files))
+    say(console, f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
+    return output
+
+
+def say(console: Console, sentence: str) -> None:
+    """Print a sentence that may hold a path, as it is."""
+    console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, its weights left on disk until they are read, or the folder of a shared model.
+
+    Raises
+    ------
+    InputError
+        If there is none, or it is no perturbation model's.
+    """
+    if path.is_dir():
+        shared = read_shared(path)
+        record = {"train_context": shared.arguments["context"]}
+        return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.learnt}
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}; give ckpt_path=PATH of a trained model")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        checkpoint["training_record"]["train_context"], checkpoint["hyper_parameters"]
+    except Exception as error:  # unpickling a foreign file can raise anything
+        raise InputError(f"{path} is not a checkpoint of a perturbation model, or is cut short") from error
+    return checkpoint
+
+
+def run_settings(checkpoint: Path) -> DictConfig:
+    """Settings of the run whose folder holds the checkpoint, none where there is no ``config.yaml``."""
+    config = config_beside(checkpoint)
+    return OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
+
+
+def config_beside(checkpoint: Path) -> Path:
+    """Where a run keeps its settings: the folder above its checkpoints."""
+    return checkpoint.resolve().parent.parent / "config.yaml"
+
+
+def output_of(cfg: DictConfig) -> Path:
+    """The file of all cells, or the folder of a file for each condition.
+
+    Raises
+    ------
+    InputError
+        If it is of the other kind, or something that no prediction has written would be lost.
+    """
+    output = Path(cfg.output_path)
+    if cfg.per_condition:
+        if output.suffix == ".h5ad" or output.is_file():
+            raise InputError(f"per_condition=true writes many files, but output_path={output} is one; give a folder")
+        index, table = output / INDEX_FILE, Path(cfg.prediction_dataframe_path)
+        if index.exists() and (not is_index(index) or index.resolve() == table.resolve()):
+            raise InputError(f"{index} would be replaced by the index of the generated files; give another output_path")
+        return output
+    output = output if output.suffix == ".h5ad" else output / "predicted.h5ad"
+    if output.exists() and read_record(output) is None:
+        raise InputError(f"{output} exists and no prediction has written it; give another output_path, or remove it")
+    return output
+
+
+def conditions_of(
+    cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any], control_cells: int | None, model: PRiMeFlow
+) -> Conditions:
+    """The table of conditions, encoded as the checkpoint's training cells were.
+
+    A challenge's number of control cells, if any, adds controls as ``controls`` does.
+    """
+    context = checkpoint["training_record"]["train_context"]
+    if control_cells is None and cfg.controls:
+        control_cells = cfg.control_cells
+    return encode_conditions(
+        read_table(cfg.prediction_dataframe_path),
+        context,
+        cfg.n_cells,
+        control_cells=control_cells,
+        perturbation_embeddings=embeddings_of(cfg, run, checkpoint["hyper_parameters"]),
+        external=model.external_rows(tables_of(cfg, run)),
+        where=str(cfg.prediction_dataframe_path),
+    )
+
+
+def tables_of(cfg: DictConfig, run: DictConfig) -> str | list[str] | None:
+    """Files of external embeddings: those given, or those of the run where they are still there."""
+    given = as_plain(cfg.perturbation_embeddings_path)
+    if given is not None:
+        return given
+    trained = as_plain(OmegaConf.select(run, "model.conditions.embeddings"))
+    files = [trained] if isinstance(trained, str) else trained or []
+    return files if files and all(Path(file).is_file() for file in files) else None
+
+
+def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Perturbation embeddings, read again from their file; ``None`` for a model that was trained without."""
+    width = hyper_parameters.get("perturbation_embedding_width")
+    if width is None:
+        return None
+    key = "perturbation_embeddings_path"
+    path = cfg.perturbation_embeddings_path or OmegaConf.select(run, f"data.data_iter_factory.{key}")
+    if path is None:
+        raise InputError(f"{cfg.ckpt_path} was trained with perturbation embeddings; give {key}=PATH of their parquet")
+    if not isinstance(path, str):
+        raise InputError(f"{cfg.ckpt_path} was trained with one file of perturbation embeddings; give {key}=PATH of it")
+    embeddings = read_perturbation_embeddings(path)
+    if embeddings.shape[1] != width:
+        raise InputError(
+            f"{path} has perturbation embeddings of width {embeddings.shape[1]}, but {cfg.ckpt_path} was trained with "
+            f"width {width}; give those of its training as {key}=PATH"
+        )
+    return embeddings
+
+
+def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any]) -> PRiMeFlow:
+    """The checkpoint's model in evaluation mode, with the settings of sampling that ``cfg`` changes."""
+    given = {name: value for name, value in OmegaConf.to_container(cfg.model).items() if value is not None}
+    unknown = [name for name in given if name not in SAMPLING]
+    if unknown:
+        settings = ", ".join(f"model.{name}" for name in SAMPLING)
+        raise InputError(f"a prediction cannot change model.{unknown[0]}; it can change {settings}")
+    changes = {name: value for name, value in given.pop("solver", {}).items() if value is not None}
+    if changes:
+        try:
+            given["solver"] = replace(hyper_parameters.get("solver") or ODESolver(), **changes)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.solver: {error}") from error
+    if cfg.seed is not None:
+        given["seed"] = cfg.seed
+    if path.is_dir():
+        return build(PRiMeFlow, read_shared(path), **given)
+    model = PRiMeFlow.load_from_checkpoint(path, evaluation=None, map_location="cpu", weights_only=False, **given)
+    if model.gene_names is None:
+        raise InputError(f"{path} does not name its genes; train with a host that hands over gene_names")
+    return model.eval()
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Device of one of Lightning's names of accelerators; ``auto`` is a GPU where there is one."""
+    known = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
+    if accelerator not in known:
+        raise InputError(f"accelerator {accelerator!r} is not known; choose auto, cpu or gpu")
+    if known[accelerator] == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"accelerator={accelerator}, but torch finds no GPU; choose auto or cpu")
+    return torch.device(known[accelerator])
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """What Lightning's trainer puts around a test at a precision."""
+    if precision not in PRECISIONS:
+        raise InputError(f"a prediction cannot run at precision {precision}; set precision to 32-true or bf16-mixed")
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def generate_to_disk(
+    model: PRiMeFlow,
+    conditions: Conditions,
+    output: Path,
+    precision: str,
+    console: Console,
+    per_condition: bool,
+    handed_in: ChallengeOutput,
+) -> list[Path]:
+    """Generate conditions to one file, or to one each; of these, files that the same request has made are kept.
+
+    Returns
+    -------
+    The files.
+    """
+    obs, counts, genes = conditions.obs, conditions.counts, model.gene_names
+    condition = model.encode(conditions)
+    made = how_made(model, precision)
+    if steps := handed_in.steps.record():
+        made["challenge"] = steps
+    if not per_condition:
+        blocks = with_progress(handed_in.stream(model, condition, counts), counts, console)
+        write_file(output, blocks, cells_obs(obs, counts, range(len(obs))), genes, json.dumps(made))
+        return [output]
+    records = [json.dumps({**made, "condition": digest([vector])}) for vector in condition]
+    rows = not_written(output, obs, counts, records)
+    if len(rows) < len(obs):
+        kept = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
+        say(console, f"{kept} are in {output} from an earlier run and are kept")
+    blocks = with_progress(handed_in.stream(model, condition[rows], counts[rows], rows), counts[rows], console)
+    write_files(output, numbered(blocks, rows), obs, counts, genes, records)
+    return [output / name for name in file_names(obs)]
+
+
+def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
+    """What decides the values of a condition's cells: the weights and the settings of sampling."""
+    learnt = model.detection_limit == "learnt"
+    return {
+        "weights": digest(model.state_dict().values()),
+        "seed": model.seed,
+        "guidance": float(model.guidance),
+        "solver": asdict(model.solver),
+        "guidance_interval": list(model.guidance_interval),
+        "detection_limit": model.learnt_detection_limit if learnt else model.detection_limit,
+        "calibrate": model.calibrate,
+        "calibration_cells": model.calibration_cells if model.calibrate != "none" else None,
+        "precision": precision,
+    }
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of tensors' bytes."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def with_progress(blocks: Iterable[Block], counts: np.ndarray, console: Console) -> Iterator[Block]:
+    """The blocks, with a bar that counts their cells."""
+    columns = [TextColumn("Generating cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=int(counts.sum()))
+        for row, first, cells in blocks:
+            yield row, first, cells
+            bar.advance(task, len(cells))
+
+
+def predict_from_controls(cfg: DictConfig, run: DictConfig, console: Console) -> Path:
+    """Predict with a model that shifts control cells: chunks of conditions, a cell for each control cell."""
+    if not {"data", "model"} <= set(run):
+        raise InputError(
+            f"{cfg.ckpt_path} is no PRiMeFlow's and does not lie in a run's folder: there is no "
+            f"{config_beside(Path(cfg.ckpt_path))} to take its data and model from"
+        )
+    if cfg.per_condition or cfg.controls or Path(cfg.output_path).suffix == ".h5ad":
+        raise InputError(
+            f"{cfg.ckpt_path} is no PRiMeFlow's, so that it gives a cell for each control cell, in chunks; give a "
+            "folder as output_path, and neither per_condition nor controls"
+        )
+    with open_dict(cfg):
+        cfg = OmegaConf.merge({"data": run.data}, cfg)
+        cfg.model = run.model
+        cfg.seed = run.get("seed") if cfg.seed is None else cfg.seed
+    load("modelcore.predict.predict")(cfg)
+    output = Path(cfg.output_path)
+    say(console, f"Predicted cells are in {output}")
+    return output

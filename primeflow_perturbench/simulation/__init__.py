@@ -1,0 +1,1 @@
+"""Simulated screens and atlases with known truth."""

@@ -1,0 +1,216 @@
+"""The steps of a challenge's output, from a run's configuration to the file that `primeflow predict` writes."""
+
+import io
+import sys
+
+import anndata as ad
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from primeflow_perturbench.cli import main
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.evaluation.challenge.output import challenge_settings, challenge_steps, library_sizes
+from primeflow_perturbench.sampling.predict import predict_run
+
+CONTEXT = {"perturbation_key": "target_gene", "perturbation_control_value": "non-targeting"}
+NULL = dict.fromkeys(
+    [
+        "control_guidance",
+        "control_cells",
+        "round_to",
+        "target_sum",
+        "knock_down",
+        "counts",
+        "controls_path",
+        "counts_layer",
+    ]
+)
+OFF = [f"challenge.{step}=false" for step in ("control_guidance", "round_to", "knock_down", "counts")]
+
+
+@pytest.fixture(scope="module")
+def screen_file(tmp_path_factory, screen_path):
+    """The small screen with the challenge's column and label, and raw counts of whole numbers as a layer."""
+    screen = ad.read_h5ad(screen_path)
+    labels = screen.obs["condition"].astype(str).replace("control", "non-targeting")
+    obs = pd.DataFrame({"target_gene": labels.astype("category"), "cell_type": screen.obs["cell_type"]})
+    counts = np.rint(np.expm1(screen.X.toarray()) / 5).astype(np.float32)
+    genes = [name.replace("gene", "G") if name in {f"gene{i}" for i in range(8)} else name for name in screen.var_names]
+    path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
+    ad.AnnData(screen.X, obs=obs, var=pd.DataFrame(index=genes), layers={"counts": counts}).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def controls(screen_file):
+    """Library sizes of the control cells."""
+    screen = ad.read_h5ad(screen_file)
+    return screen.layers["counts"][(screen.obs["target_gene"] == "non-targeting").to_numpy()].sum(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, screen_file):
+    """Folder of a finished tiny run of the challenge's recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = [
+        "experiment=vcc/2025",
+        "model=primeflow_mlp",
+        "model.network.width=32",
+        "model.network.depth=1",
+        "model.network.embedding_width=16",
+        "references=[]",
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "trainer.accumulate_grad_batches=1",
+        "trainer.precision=32-true",
+        "data.loader.num_workers=0",
+        "test=false",
+        "~callbacks.progress_bar",
+        f"data.data.filename={screen_file}",
+        f"hydra.run.dir={folder}",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["primeflow", "train", *settings])
+        main()
+    return folder
+
+
+def predicted(run, folder, rows, *overrides):
+    """The file of cells of a table of (perturbation, number of cells) in one line, and what was said."""
+    folder.mkdir(exist_ok=True)
+    table = pd.DataFrame(rows, columns=["target_gene", "n_cells"]).assign(cell_type="alpha")
+    table.to_csv(folder / "table.csv", index=False)
+    given = [f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"prediction_dataframe_path={folder / 'table.csv'}"]
+    given += [
+        f"output_path={folder}",
+        f"paths.output_dir={folder}",
+        "model.solver.method=euler",
+        "model.solver.steps=2",
+    ]
+    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
+        cfg = hydra.compose("predict", overrides=[*given, *overrides])
+    path = predict_run(cfg, Console(file=io.StringIO()))
+    if path.is_dir():
+        return {name: values for file in path.glob("*.h5ad") for name, values in by_label(ad.read_h5ad(file)).items()}
+    return by_label(ad.read_h5ad(path))
+
+
+def by_label(cells):
+    """Expression by perturbation."""
+    groups = cells.obs.groupby("target_gene", observed=True).indices
+    return {label: cells[rows].to_df() for label, rows in groups.items()}
+
+
+def test_the_runs_own_steps_are_taken(run, tmp_path, controls):
+    """Cells as many as asked for, synthetic controls, whole counts at the controls' median, targets at 0."""
+    cells = predicted(run, tmp_path, [("G0", 7), ("G1", 3)], "challenge.control_cells=11")
+    assert {label: len(values) for label, values in cells.items()} == {"G0": 7, "G1": 3, "non-targeting": 11}
+    kept = ["challenge.control_cells=11", "challenge.round_to=false", "challenge.knock_down=false"]
+    generated = predicted(run, tmp_path / "generated", [("G0", 7), ("G1", 3)], *kept)
+    for label, values in cells.items():
+        raw = np.expm1(generated[label].to_numpy(np.float64))
+        counts = np.rint(raw / raw.sum(1, keepdims=True) * np.median(controls))
+        expected = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+        expected[:, values.columns == label] = 0
+        np.testing.assert_allclose(values.to_numpy(), expected, atol=1e-5)
+        assert (counts[raw > 0] == 0).any()
+    default = predicted(run, tmp_path / "default", [("G0", 2)])
+    assert len(default["non-targeting"]) == 200
+
+
+def test_each_step_moves_what_it_is_about(run, tmp_path):
+    rows = [("G0", 40), ("G1", 40), ("non-targeting", 40)]
+    plain = predicted(run, tmp_path / "plain", rows, *OFF)
+    down = predicted(run, tmp_path / "down", rows, *OFF, "challenge.knock_down=true")
+    for label in ("G0", "G1"):
+        assert plain[label][label].any()
+        expected = plain[label].copy()
+        expected[label] = np.float32(0)
+        pd.testing.assert_frame_equal(down[label], expected, check_names=False)
+    guided = predicted(run, tmp_path / "guided", rows, *OFF, "challenge.control_guidance=5")
+    weaker = predicted(run, tmp_path / "weaker", rows, *OFF, "model.guidance=5")
+    pd.testing.assert_frame_equal(guided["G0"], plain["G0"])
+    pd.testing.assert_frame_equal(guided["non-targeting"], weaker["non-targeting"])
+    assert (weaker["G0"].to_numpy() != plain["G0"].to_numpy()).any()
+    assert (guided["non-targeting"].to_numpy() != plain["non-targeting"].to_numpy()).any()
+
+
+def test_raw_counts_have_the_controls_library_sizes_in_any_company(run, tmp_path, controls):
+    rows, count = [("G0", 40), ("G1", 33)], [*OFF[:3], "challenge.counts=true", "challenge.control_cells=false"]
+    cells = predicted(run, tmp_path / "one", rows, *count)
+    assert set(cells) == {"G0", "G1"}
+    for values in map(pd.DataFrame.to_numpy, cells.values()):
+        np.testing.assert_array_equal(values, values.round())
+        totals = values.sum(1)
+        assert (np.abs(totals[:, None] - controls).min(1) < values.shape[1]).all()
+        assert totals.std() > 0.2 * controls.std()
+    other = predicted(run, tmp_path / "many", [("G1", 12), ("G0", 40)], *count, "per_condition=true")
+    np.testing.assert_array_equal(other["G0"].to_numpy(), cells["G0"].to_numpy())
+    np.testing.assert_array_equal(other["G1"].to_numpy(), cells["G1"].to_numpy()[:12])
+
+
+def test_a_second_run_keeps_files_only_if_the_steps_are_the_same(run, tmp_path):
+    more = ["per_condition=true", "challenge.control_cells=false"]
+    first = predicted(run, tmp_path, [("G0", 5)], *more, *OFF)
+    again = predicted(run, tmp_path, [("G0", 5)], *more, *OFF, "challenge.knock_down=true")
+    assert first["G0"]["G0"].any()
+    assert not again["G0"]["G0"].any()
+
+
+def test_perturbations_without_a_gene_are_named(run, tmp_path, caplog):
+    labels = [("G0", 2), ("G0+G1", 2)]
+    cells = predicted(run, tmp_path, labels, "challenge.round_to=false", "challenge.control_cells=false")
+    # The recipe has no combinations, so that this label names no gene.
+    assert "1 perturbation as generated" in caplog.text
+    assert "'G0+G1'" in caplog.text
+    assert cells["G0+G1"]["G0"].any()
+
+
+def test_settings_come_from_the_command_then_from_the_run():
+    run = OmegaConf.create(
+        {"file": "a.h5ad", "challenge": {"round_to": "controls", "knock_down": True, "controls_path": "${file}"}}
+    )
+    plain = OmegaConf.create({"challenge": NULL})
+    assert challenge_settings(plain, OmegaConf.create()) == NULL
+    chosen = challenge_settings(plain, run)
+    assert chosen == {**NULL, "round_to": "controls", "knock_down": True, "controls_path": "a.h5ad"}
+    changed = OmegaConf.create({"challenge": {**NULL, "round_to": False, "control_guidance": 0, "counts": "none"}})
+    expected = {**NULL, "control_guidance": 0, "knock_down": True, "controls_path": "a.h5ad"}
+    assert challenge_settings(changed, run) == expected
+    with pytest.raises(InputError, match="sets challenge.rounding; known are control_guidance"):
+        challenge_settings(plain, OmegaConf.create({"challenge": {"rounding": 1}}))
+
+
+def test_steps_are_what_the_settings_say(screen_file, controls):
+    assert challenge_steps(NULL, CONTEXT, seed=0).record() == {}
+    settings = {**NULL, "control_guidance": 5.0, "round_to": "controls", "target_sum": 5e4, "knock_down": True}
+    settings |= {"counts": True, "controls_path": str(screen_file), "counts_layer": "counts"}
+    steps = challenge_steps(settings, CONTEXT, seed=9)
+    assert (steps.control_guidance, steps.target_sum, steps.knock_down, steps.seed) == (5.0, 5e4, True, 9)
+    assert steps.round_to == np.median(controls)
+    np.testing.assert_array_equal(np.sort(steps.library_sizes), np.sort(controls))
+    assert challenge_steps({**NULL, "round_to": 700}, CONTEXT, seed=0).round_to == 700
+
+
+def test_bad_settings_and_controls_are_refused(screen_file, tmp_path):
+    given = {**NULL, "counts": True, "controls_path": str(screen_file), "counts_layer": "counts"}
+
+    def refused(**changes):
+        with pytest.raises(InputError) as refusal:
+            challenge_steps({**given, **changes}, CONTEXT, seed=0)
+        return str(refusal.value)
+
+    assert "must be a number of counts, 'controls' or false, got 'median'" in refused(round_to="median")
+    assert "give challenge.controls_path=PATH" in refused(controls_path=None)
+    assert "no such file" in refused(controls_path=str(tmp_path / "absent.h5ad"))
+    assert "has no layer 'raw', its layers are 'counts'" in refused(counts_layer="raw")
+    assert "expected raw counts" in refused(counts_layer=None)
+    with pytest.raises(InputError, match="has no obs column 'guide'"):
+        library_sizes(given, {**CONTEXT, "perturbation_key": "guide"})
+    with pytest.raises(InputError, match="has no cell labelled 'NTC'"):
+        library_sizes(given, {**CONTEXT, "perturbation_control_value": "NTC"})
