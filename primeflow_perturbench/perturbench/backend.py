@@ -35,7 +35,7 @@ def backend() -> str:
         raise InputError(f"{VARIABLE} is {choice!r}; set it to 'embedded' or 'perturbench', or leave it out")
     if choice == "embedded":
         return EMBEDDED
-    if _installed():
+    if installed():
         return INSTALLED
     if choice == INSTALLED:
         raise InputError(
@@ -45,7 +45,7 @@ def backend() -> str:
     return EMBEDDED
 
 
-def _installed() -> bool:
+def installed() -> bool:
     """Whether a package PerturBench can be imported; a mere folder of this name, such as a checkout, is none."""
     spec = importlib.util.find_spec(INSTALLED)
     if spec is None:

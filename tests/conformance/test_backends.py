@@ -1,12 +1,13 @@
 """The suite on every other backend, each in a process of its own: the base class of the model is bound at import."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from primeflow_perturbench.perturbench.backend import installed
 
 HERE = Path(__file__).parent
 SUITE = [str(HERE / "test_conformance.py"), str(HERE / "test_host_command.py")]
@@ -32,7 +33,7 @@ def test_the_suite_passes_on_a_stand_in_that_has_the_interface_alone(ran):
     ran("stand-in of our own")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("perturbench") is None, reason="PerturBench itself is not installed")
+@pytest.mark.skipif(not installed(), reason="PerturBench itself is not installed")
 def test_the_suite_passes_on_perturbench_itself(ran):
     assert "conformance suite ran on: PerturBench itself" in run_suite("itself", [])
     ran("PerturBench itself")

@@ -12,7 +12,7 @@ from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.evaluation i
 from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.pipelines import run_pipelines
 
 REPOSITORY = Path(__file__).resolve().parents[4]
-SCREEN = REPOSITORY / "tests" / "data" / "screen"
+SCREEN = REPOSITORY / "tests" / "files" / "screen"
 DEVEL = REPOSITORY.parent / "shared" / "golden" / "devel"
 PIPELINES = [
     ("average", "rmse"),

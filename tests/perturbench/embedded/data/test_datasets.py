@@ -23,7 +23,7 @@ from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[4]
-SCREEN = REPOSITORY / "tests" / "data" / "screen"
+SCREEN = REPOSITORY / "tests" / "files" / "screen"
 SHARED = REPOSITORY / ".." / "shared"
 COLUMNS = {"perturbation_key": "condition", "covariate_keys": ["cell_type"]}
 

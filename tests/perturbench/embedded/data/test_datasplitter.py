@@ -29,7 +29,7 @@ from primeflow_perturbench.perturbench.embedded.data.datasplitter import (
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 
 ROOT = Path(__file__).parents[4]
-SCREEN = ROOT / "tests" / "data" / "screen"
+SCREEN = ROOT / "tests" / "files" / "screen"
 DEVEL = ROOT / ".." / "shared" / "golden" / "devel"
 DEVEL_CELLS = ROOT / ".." / "shared" / "data" / "devel.h5ad"
 LABELS = ("condition", "+", "control")
