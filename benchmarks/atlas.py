@@ -31,7 +31,8 @@ from typing import Any
 import lightning as L
 
 from primeflow_perturbench.data.atlas.module import AtlasDataModule
-from primeflow_perturbench.training.provenance import commit, hardware, peak_memory, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, peak_memory, versions
 
 RESULT = Path(__file__).parent / "results" / "atlas.json"
 BARS = {"peak_gib": 4.0, "loading_share": 0.2}

@@ -23,7 +23,8 @@ from typing import Any
 from loading import BATCH, data_module, exhaust, write_screen
 from recipes import PeakMemory, autocast, build, in_bf16, run_job, timed, training_step
 
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 SIZES = {

@@ -16,7 +16,8 @@ import pandas as pd
 from rich.console import Console
 
 from primeflow_perturbench.evaluation.table import COLUMNS
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 TRAINING = [

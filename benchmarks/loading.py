@@ -19,7 +19,8 @@ from typing import Any
 
 from recipes import CONDITION_WIDTH, build, in_bf16, timed, training_step
 
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 GENES = (500, 2000, 5000, 18080)

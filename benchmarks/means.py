@@ -2,7 +2,8 @@
 
     python benchmarks/means.py --cells cells.h5ad --split split.csv
 
-Fits the linear mixed model of `calibration.mixed_model` to the training cells as it is and in the ways of `VARIANTS`, which were
+Fits the linear mixed model of `calibration.mixed_model` to the training cells as it is and in the ways of `VARIANTS`,
+which were
 tried and not kept, and sets the mean of the line's perturbed and control training cells beside it. Errors are squared
 distances in gene space: of training conditions when each is left out, in units of a cell's variance; of held-out ones
 to the mean of the measured cells, less what so few cells are off by. In high dimensions a mean that is off by d adds
@@ -32,7 +33,8 @@ from primeflow_perturbench.calibration.mixed_model import (
     choose_components,
 )
 from primeflow_perturbench.conditions.condition import ConditionEncoder
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

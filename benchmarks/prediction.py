@@ -20,10 +20,11 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 
+from primeflow_perturbench.files import write_json
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.networks.mlp import MLP
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "prediction.json"
 CONDITIONS = 20

@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "preprocess.json"
 GROUPS = 4

@@ -22,7 +22,8 @@ from rich.console import Console
 from sklearn.metrics import pairwise_distances
 
 from primeflow_perturbench.evaluation.table import COLUMNS
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json
+from primeflow_perturbench.files import write_json
+from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 # Cells a condition, as in the paper.

@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from primeflow_perturbench.training.provenance import commit, hardware, versions, write_json  # noqa: E402
+from primeflow_perturbench.files import write_json  # noqa: E402
+from primeflow_perturbench.training.provenance import commit, hardware, versions  # noqa: E402
 
 # Settings of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read; and
 # of `primeflow_fast` with `model/network=unet_patches`.

@@ -17,8 +17,8 @@ from primeflow_perturbench.calibration.mapping import calibrated
 from primeflow_perturbench.calibration.marginals import ConditionMarginals, MarginalSurvey
 from primeflow_perturbench.conditions.condition import ConditionEncoder, CovariateSurvey
 from primeflow_perturbench.conditions.embedding_tables import ExternalRows, seen_in_training, with_tables
-from primeflow_perturbench.conditions.table import Conditions, quoted
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.conditions.table import Conditions
+from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.expression.control_pool import ControlPool, ControlSurvey
 from primeflow_perturbench.expression.detection_limit import ExpressionSurvey, decode_expression, learn_detection_limit
 from primeflow_perturbench.expression.gene_metadata import tell_genes, wants_cells
@@ -157,7 +157,8 @@ class PRiMeFlow(PerturbationModel):
     calibrate
         ``"mean"``: the cells of a condition are moved to the mean that a linear mixed model of the training conditions
         predicts for it; ``"marginals"``: to its share of cells that express each gene as well, and to no more than
-        its spread of their values; ``"none"``: they stay, see `calibration.mapping` and `calibration.marginals`. Training
+        its spread of their values; ``"none"``: they stay, see `calibration.mapping` and `calibration.marginals`.
+        Training
         learns the model where this is not "none", and cannot do so afterwards.
     calibration_cells
         The first cells of each condition that say how it is to be moved; they are generated also where fewer are
@@ -175,7 +176,8 @@ class PRiMeFlow(PerturbationModel):
         scheduler, ``{conf, dependencies, extras}``.
     finetuning
         ``{freeze, lr_factor}``: which of the groups ``genes``, ``conditions`` and ``trunk`` stay as they are, and the
-        learning rate of each as a share of ``lr``; ``None`` trains all parameters alike. See `training.parameter_groups`.
+        learning rate of each as a share of ``lr``; ``None`` trains all parameters alike. See
+        `training.parameter_groups`.
 
     Raises
     ------

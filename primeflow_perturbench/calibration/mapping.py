@@ -1,9 +1,11 @@
 """Calibration: generated cells keep who is close to whom, and get the means and zeros predicted for their condition.
 
 A flow gives the joint distribution of a condition's genes well, the mean of a condition that it never saw less well
-than a linear mixed model does (`calibration.mixed_model`), and too many small values where measured cells have zeros. So the values
+than a linear mixed model does (`calibration.mixed_model`), and too many small values where measured cells have zeros.
+So the values
 of each gene are mapped, by one increasing function for all cells of the condition, onto the mean and, where that is
-asked for, the detection rate that the training cells predict (`calibration.marginals`). The values that are left above 0 then
+asked for, the detection rate that the training cells predict (`calibration.marginals`). The values that are left above
+0 then
 reach further down than measured ones, into the gap that a flow fills: they are drawn together where they spread more
 than the training cells predict. Ranks of cells within a gene stay.
 """

@@ -1,6 +1,7 @@
 """Mean, detection rate and spread of each gene in conditions, measured or not.
 
-What a linear mixed model says of the mean (`calibration.mixed_model`) it says of the share of cells that express a gene as well,
+What a linear mixed model says of the mean (`calibration.mixed_model`) it says of the share of cells that express a
+gene as well,
 the mean of an indicator, and of the mean square. Together they fix a gene's zeros, and the average and the spread of
 its other values.
 """

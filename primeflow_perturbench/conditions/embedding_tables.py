@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from primeflow_perturbench.conditions.table import Parts, count, quoted, with_nearest
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.conditions.table import Parts
+from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
 from primeflow_perturbench.networks.condition_embedding import External, summed_rows
 from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
 
@@ -86,7 +86,7 @@ def with_tables(
     lacking = [name for name in names if not any(name in table.index for table in tables)]
     if lacking:
         raise InputError(
-            f"{count(lacking, 'perturbation')} of the training data without a row in the perturbation embeddings: "
+            f"{counted(lacking, 'perturbation')} of the training data without a row in the perturbation embeddings: "
             f"{quoted(lacking)}; add the rows, or leave out the cells"
         )
     settings["table_widths"] = [table.shape[1] for table in tables]
@@ -167,7 +167,7 @@ class ExternalRows:
             known = {*self._place, *(name for table in self._tables for name in table.index)}
             without = " without a row in the perturbation embeddings" if self._tables else ""
             raise InputError(
-                f"{where}, column {key!r} has {count(lacking, 'perturbation')} not seen in training{without}, "
+                f"{where}, column {key!r} has {counted(lacking, 'perturbation')} not seen in training{without}, "
                 f"{with_nearest(lacking, sorted(known))}; give perturbation embeddings that have a row for each"
             )
         table = self._conditions.table.cpu()

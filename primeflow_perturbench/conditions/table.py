@@ -1,7 +1,6 @@
 """A table of conditions to generate: checked, and as the tensors that a model reads."""
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
 
 if TYPE_CHECKING:
     from primeflow_perturbench.conditions.embedding_tables import ExternalRows
@@ -175,7 +174,7 @@ def covariate_column(column: pd.Series, uniques: Sequence[Any] | None, where: st
     unknown = list(dict.fromkeys(text[~text.isin(known)]))
     if unknown:
         raise InputError(
-            f"{where}, column {column.name!r} has {count(unknown, 'value')} not seen in training, "
+            f"{where}, column {column.name!r} has {counted(unknown, 'value')} not seen in training, "
             f"{with_nearest(unknown, known)}; "
             f"known values are {quoted(known)}"
         )
@@ -240,7 +239,7 @@ def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: s
     unknown = list(dict.fromkeys(name for names in parts for name in names if name not in columns))
     if unknown:
         raise InputError(
-            f"{where}, column {key!r} has {count(unknown, 'perturbation')} not seen in training, "
+            f"{where}, column {key!r} has {counted(unknown, 'perturbation')} not seen in training, "
             f"{with_nearest(unknown, columns)}; take names of the training cells, or train with "
             "model/conditions=external"
         )
@@ -256,32 +255,9 @@ def summed_embeddings(parts: Sequence[Parts], embeddings: pd.DataFrame, key: str
     unknown = list(dict.fromkeys(name for names in parts for name in names if name not in rows))
     if unknown:
         raise InputError(
-            f"{where}, column {key!r} has {count(unknown, 'perturbation')} without a row in the perturbation "
+            f"{where}, column {key!r} has {counted(unknown, 'perturbation')} without a row in the perturbation "
             f"embeddings, {with_nearest(unknown, rows)}; add the rows or drop these conditions"
         )
     vectors = embeddings.to_numpy(np.float32)
     summed = [vectors[sorted({rows[name] for name in names})].sum(axis=0) for names in parts]
     return torch.from_numpy(np.stack(summed))
-
-
-def count(names: Collection[Any], noun: str) -> str:
-    """How many there are, with the noun in its number."""
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"
-
-
-def with_nearest(unknown: Sequence[str], known: Iterable[str], most: int = 10) -> str:
-    """The first few unknown names, each with the known name that it is close to."""
-    known = list(known)
-
-    def hint(name: str) -> str:
-        close = difflib.get_close_matches(name, known, n=1)
-        return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)
-
-    more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
-    return ", ".join(map(hint, unknown[:most])) + more
-
-
-def quoted(names: Collection[Any], most: int = 10) -> str:
-    """The first few names in quotes, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(str(name)) for name in list(names)[:most]) + more

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, counted, first_line, quoted
 
 # Values held in memory at once while a matrix is scanned: 32 MB of float64.
 CHUNK_VALUES = 2**22
@@ -111,7 +111,7 @@ def check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
         twice = names[names.duplicated()].unique()
         if len(twice):
             make = "obs_names_make_unique" if axis == "cell" else "var_names_make_unique"
-            where, found = f"{file}, {axis} names", f"{len(twice)} that occur more than once, {some(twice)}"
+            where, found = f"{file}, {axis} names", f"{len(twice)} that occur more than once, {quoted(twice)}"
             findings.append(Finding("error", where, found, "unique names", f"call adata.{make}()"))
     return findings
 
@@ -126,7 +126,7 @@ def check_columns(obs: pd.DataFrame, file: str, perturbation_key: str, covariate
             close = difflib.get_close_matches(key, list(obs.columns), n=1)
             setting = "perturbation_key" if role == "perturbation" else "covariate_keys"
             mend = f"did you mean {close[0]!r}? Set {setting}" if close else f"set {setting} to one of them"
-            has = f"only the columns {some(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
+            has = f"only the columns {quoted(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
             findings.append(Finding("error", where, has, f"the {role} of each cell", mend))
             continue
         missing = obs[key].isna()
@@ -164,14 +164,14 @@ def check_controls(
     without = sorted(g for g in set(groups) if not conditions[g, control])
     if without:
         names = [", ".join(f"{k}={v}" for k, v in zip(keys, group, strict=True)) for group in without]
-        found = f"no cell labelled {control!r} in {counted(without, 'covariate group')}, {some(names)}"
+        found = f"no cell labelled {control!r} in {counted(without, 'covariate group')}, {quoted(names)}"
         mend = "add their control cells, drop these groups or use fewer covariate_keys"
         findings.append(Finding("error", where, found, "controls in every covariate group", mend))
     single = sorted(
         " ".join((*group, label)) for (group, label), n in conditions.items() if n == 1 and label != control
     )
     if single:
-        found = f"a single cell in {counted(single, 'condition')}, {some(single)}"
+        found = f"a single cell in {counted(single, 'condition')}, {quoted(single)}"
         mend = "drop these conditions if their scores matter"
         findings.append(Finding("warning", where, found, "enough cells to tell a distribution", mend))
     return findings
@@ -188,7 +188,7 @@ def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str
 
     def add(level: str, hit: list[str], problem: str, expected: str, mend: str) -> None:
         if hit:
-            found = f"{counted(hit, 'label')} {problem}, {some(hit)}"
+            found = f"{counted(hit, 'label')} {problem}, {quoted(hit)}"
             findings.append(Finding(level, where, found, expected, mend))
 
     padded = [label for label, names in parts.items() if any(name != name.strip() for name in names)]
@@ -255,7 +255,7 @@ def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | None) -> list[Finding]:
     where = f"{file}, X" if layer is None else f"{file}, layer {layer!r}"
     if layer is not None and layer not in adata.layers:
-        found = f"only the layers {some(adata.layers)}" if len(adata.layers) else "no layers at all"
+        found = f"only the layers {quoted(adata.layers)}" if len(adata.layers) else "no layers at all"
         return [Finding("error", where, found, "a layer of that name", "name another layer, or none for X")]
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
@@ -307,7 +307,7 @@ def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.Ann
     try:
         return anndata.read_h5ad(path, backed="r" if backed else None)
     except Exception as error:  # whatever the reader stumbles over, the person needs one sentence
-        raise _no_h5ad(path, f"content that cannot be read ({reason(error)})", "write it again") from error
+        raise _no_h5ad(path, f"content that cannot be read ({first_line(error)})", "write it again") from error
 
 
 def require_h5ad(path: str | os.PathLike[str]) -> None:
@@ -324,7 +324,7 @@ def require_h5ad(path: str | os.PathLike[str]) -> None:
         raise refuse("no such file" if path.parent.is_dir() else f"no folder {str(path.parent)!r}", hint)
     if path.is_dir():
         beside = sorted(p.name for p in path.glob("*.h5ad"))
-        raise refuse("a folder", f"name a file in it: {some(beside)}" if beside else "name a file")
+        raise refuse("a folder", f"name a file in it: {quoted(beside)}" if beside else "name a file")
     try:
         with path.open("rb") as file:
             head = file.read(2)
@@ -339,29 +339,12 @@ def require_h5ad(path: str | os.PathLike[str]) -> None:
             keys = list(file)
     except OSError as error:
         cut = "truncated" in str(error)
-        found = "a truncated file" if cut else f"a damaged HDF5 file ({reason(error)})"
+        found = "a truncated file" if cut else f"a damaged HDF5 file ({first_line(error)})"
         raise refuse(found, "fetch or write it again, it is not whole") from error
     if not {"obs", "var"} <= set(keys):
-        held = f"an HDF5 file with {some(keys)}" if keys else "an empty HDF5 file"
+        held = f"an HDF5 file with {quoted(keys)}" if keys else "an empty HDF5 file"
         raise refuse(f"{held} but without 'obs' and 'var'", "write it with adata.write_h5ad")
 
 
 def _no_h5ad(path: Path, found: str, mend: str) -> InputError:
     return InputError(Finding("error", str(path), found, "an AnnData file (.h5ad)", mend).sentence)
-
-
-def reason(error: Exception) -> str:
-    """First line of what another library says of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def some(names: Iterable[object], most: int = 5) -> str:
-    """Quote the first few names and count the others."""
-    names = [repr(str(name)) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def counted(names: Sequence[object], noun: str) -> str:
-    """A number of things, with the noun in its number."""
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"

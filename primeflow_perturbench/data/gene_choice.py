@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress
 
-from primeflow_perturbench.data.checks import Finding, counted, some
+from primeflow_perturbench.data.checks import Finding
 from primeflow_perturbench.data.counts import Block, Counts
+from primeflow_perturbench.errors import counted, quoted
 
 # Bins of mean expression within which dispersions are compared, as in scanpy.
 HVG_BINS = 20
@@ -101,7 +102,7 @@ class Conditions(NamedTuple):
         for reason, hit in reasons.items():
             names = [self.names[i] for i in np.flatnonzero(hit & self.perturbed)]
             if names:
-                found = f"{counted(names, 'condition')} {reason}, {some(names)}"
+                found = f"{counted(names, 'condition')} {reason}, {quoted(names)}"
                 mend = "they are kept, but contribute no differentially expressed genes"
                 findings.append(Finding("warning", where, found, "two cells and two controls or more", mend))
         return findings

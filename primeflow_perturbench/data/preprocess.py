@@ -31,12 +31,11 @@ from primeflow_perturbench.data.checks import (
     check_names,
     read_h5ad,
     require,
-    some,
 )
 from primeflow_perturbench.data.counts import Counts
 from primeflow_perturbench.data.gene_choice import Conditions, highly_variable, survey
-from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.errors import InputError, quoted
+from primeflow_perturbench.files import replacing
 
 UNS_KEY = "preprocess"
 KINDS = ["highly_variable", "de", "perturbed"]
@@ -194,7 +193,7 @@ def _counts(
     layers = file.get("layers", {})
     stored = file.get("X") if layer is None else layers.get(layer)
     if stored is None:
-        found = f"only the layers {some(layers)}" if len(layers) else "no layers at all"
+        found = f"only the layers {quoted(layers)}" if len(layers) else "no layers at all"
         found = "no matrix" if layer is None else found
         mend = "name the layer that holds them with --counts-layer, or none for X"
         raise InputError(Finding("error", place, found, "raw counts", mend).sentence)

@@ -9,8 +9,8 @@ from rich.console import Console
 from primeflow_perturbench.data.atlas.narrowing import TEST, TRAIN, UNUSED, VAL, narrow, set_apart
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import write_split_csv
-from primeflow_perturbench.perturbench.embedded.files import replacing
 
 TASKS = ("narrow", "set_apart")
 

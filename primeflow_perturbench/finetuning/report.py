@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
-from primeflow_perturbench.training.provenance import write_json
+from primeflow_perturbench.files import write_json
 
 REPORT = "finetune.json"
 SHOWN = 10

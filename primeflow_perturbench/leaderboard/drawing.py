@@ -16,11 +16,10 @@ from primeflow_perturbench import __version__
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import SplitCells
+from primeflow_perturbench.files import file_hash, replacing
 from primeflow_perturbench.leaderboard.collect import Run
 from primeflow_perturbench.leaderboard.page import FigureBlock
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv
-from primeflow_perturbench.perturbench.embedded.files import replacing
-from primeflow_perturbench.training.provenance import file_hash
 
 PREDICTED = "predicted.h5ad"
 

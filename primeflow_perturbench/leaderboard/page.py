@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 # Rows that a long table shows before its button is pressed; also the least number that gets a filter.
 FOLD = 25

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from primeflow_perturbench.evaluation.references import REFERENCES
 from primeflow_perturbench.evaluation.table import COLUMNS, frame, heading
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard.collect import Run
 from primeflow_perturbench.leaderboard.published import Published
 from primeflow_perturbench.leaderboard.statistics import winners
-from primeflow_perturbench.perturbench.embedded.files import replacing
 
 MODEL, REFERENCE, PUBLISHED = "model", "reference", "published"
 MISSING = "–"

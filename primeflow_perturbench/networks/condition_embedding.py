@@ -1,6 +1,7 @@
 """What a velocity network reads of a condition vector: perturbations as they are, or embedded.
 
-A condition vector is ``[perturbations (P) | external (E) | covariates | is null]``, see `conditions.condition`; all that
+A condition vector is ``[perturbations (P) | external (E) | covariates | is null]``, see `conditions.condition`; all
+that
 draws, drops, caches or calibrates goes by it. The modules here stand between it and the network, which reads
 ``[embedded perturbations | covariates | is null]``. Embeddings of the parts of a combination are added, so that a pair
 that training lacks has a meaning, and control cells, which have no part, get zeros.
@@ -168,7 +169,8 @@ class External(MultiHot):
     width
         Features that embeddings are projected to.
     embeddings
-        Tables, which are not read here but by `conditions.embedding_tables`, which hands their rows to `set_rows` and their
+        Tables, which are not read here but by `conditions.embedding_tables`, which hands their rows to `set_rows` and
+        their
         widths to ``table_widths``.
     table_widths
         Columns of each table.

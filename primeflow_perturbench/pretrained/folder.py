@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.files import file_hash, write_json
 from primeflow_perturbench.networks.gene_tokens import FREE, GeneLayout
 from primeflow_perturbench.pretrained.card import model_card
 from primeflow_perturbench.pretrained.hub import fetch, is_hub_name
@@ -21,7 +22,7 @@ from primeflow_perturbench.pretrained.learned import check_learnt, check_whole_n
 from primeflow_perturbench.pretrained.names import check_context, check_names, context_as_json
 from primeflow_perturbench.pretrained.settings import as_json, fits, from_json, sizes
 from primeflow_perturbench.pretrained.tensors import TensorFile, flattened, with_tensors, without_tensors, write_tensors
-from primeflow_perturbench.training.provenance import file_hash, versions, write_json
+from primeflow_perturbench.training.provenance import versions
 
 if TYPE_CHECKING:
     from primeflow_perturbench.model import PRiMeFlow

@@ -14,7 +14,7 @@ from anndata.io import read_elem, write_elem
 from pandas.api.types import is_numeric_dtype
 from torch import Tensor
 
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.sampling.sampler import Block
 
 CONDITION_INDEX = "_condition_idx"

@@ -12,7 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 import yaml
 
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER, UNS_KEY, Screen, log_normalise
 from primeflow_perturbench.simulation.settings import ScreenSpec
 

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 TRIAL, TRAINING = "trial.json", "training.json"
 WAITING, RUNNING, FINISHED, FAILED = "waiting", "running", "finished", "failed"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.sweeps.plan import quoted
 from primeflow_perturbench.sweeps.records import (
     DONE,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import file_hash
 
 # To be raised whenever the same cells would score otherwise.
 METRICS_VERSION = 1
@@ -86,12 +86,6 @@ def data_record(path: str | Path, cells: int, genes: int) -> dict[str, Any]:
     return {"file": Path(path).name, "sha256": file_hash(path), "cells": cells, "genes": genes}
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def split_record(path: str | Path) -> dict[str, Any]:
     """Hash and sizes of a saved split, a headerless CSV of cell and split; cells in no split do not count.
 
@@ -139,9 +133,3 @@ def network_evaluations(model: Mapping[str, Any]) -> int | None:
     start, end = model.get("guidance_interval") or (0, 1)
     guided = 0 if model.get("guidance", 1) in (0, 1) else round(end * solver.steps) - round(start * solver.steps)
     return solver.evaluations // solver.steps * (solver.steps + guided)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name first."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -22,6 +22,7 @@ from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import SplitCells, all_references
 from primeflow_perturbench.evaluation.table import metrics_table
+from primeflow_perturbench.files import replacing, write_json
 from primeflow_perturbench.finetuning.report import TellTakenOver
 from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend
 from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.evaluation import Evaluation
@@ -32,7 +33,6 @@ from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.pipelines im
     run_pipelines,
 )
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv
-from primeflow_perturbench.perturbench.embedded.files import replacing
 from primeflow_perturbench.perturbench.embedded.modelcore.models.base import (
     merge_predictions,
     save_evaluation,
@@ -49,7 +49,6 @@ from primeflow_perturbench.training.provenance import (
     peak_memory,
     split_record,
     versions,
-    write_json,
 )
 
 log = logging.getLogger(__name__)

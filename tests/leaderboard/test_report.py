@@ -11,11 +11,11 @@ from fake_runs import CONDITIONS, scores, settings, write_run
 from matplotlib.figure import Figure
 
 from primeflow_perturbench.cli import main
+from primeflow_perturbench.files import file_hash
 from primeflow_perturbench.leaderboard import figures
 from primeflow_perturbench.leaderboard.blocks import cost_table, number, run_table
 from primeflow_perturbench.leaderboard.collect import collect
 from primeflow_perturbench.leaderboard.drawing import RunCells, chosen_conditions
-from primeflow_perturbench.training.provenance import file_hash
 
 
 def call(monkeypatch, *arguments):

@@ -26,7 +26,8 @@ from primeflow_perturbench.data.atlas.manifest import (
 )
 from primeflow_perturbench.data.atlas.rows import StoredRows
 from primeflow_perturbench.data.atlas.unpacking import unpacked
-from primeflow_perturbench.data.checks import LEAST_UNLOGGED_MAXIMUM, reason, some
+from primeflow_perturbench.data.checks import LEAST_UNLOGGED_MAXIMUM
+from primeflow_perturbench.errors import first_line, quoted
 from primeflow_perturbench.simulation.screen import TARGET_SUM
 
 # Cells that tell whether values are counts or logged: in pieces from all over a file.
@@ -192,7 +193,7 @@ def open_file(entry: AtlasFile, manifest: Manifest, cache_dir: str | Path | None
         with h5py.File(path, "r") as file:
             names, obs = read_gene_names(file, entry), _read_obs(file["obs"], entry, manifest.covariates)
     except (AttributeError, KeyError, OSError) as error:  # what h5py says of a file of another layout
-        found = f"content that cannot be read ({reason(error)})"
+        found = f"content that cannot be read ({first_line(error)})"
         mend = "write it again with a current anndata"
         raise refusal(entry.path, found, "an AnnData file (.h5ad)", mend) from error
     if rows.shape != (len(obs), len(names)):
@@ -206,7 +207,7 @@ def _read_obs(obs: h5py.Group, entry: AtlasFile, covariates: Sequence[str]) -> p
     names = read_index(obs)
     twice = names[names.duplicated()].unique()
     if len(twice):
-        where, found = f"{entry.path}, cell names", f"{len(twice)} that occur more than once, {some(twice)}"
+        where, found = f"{entry.path}, cell names", f"{len(twice)} that occur more than once, {quoted(twice)}"
         raise refusal(where, found, "unique names", "call adata.obs_names_make_unique()")
     columns = {CONDITION: conditions(obs, entry)}
     for name in dict.fromkeys([DATASET, *covariates]):

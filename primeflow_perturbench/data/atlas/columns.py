@@ -10,7 +10,7 @@ import pandas as pd
 from anndata.io import read_elem
 
 from primeflow_perturbench.data.atlas.manifest import AtlasFile, refusal
-from primeflow_perturbench.data.checks import some
+from primeflow_perturbench.errors import quoted
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 
@@ -39,7 +39,7 @@ def read_column(frame: h5py.Group, name: str, where: str, role: str, key: str) -
     if name not in columns:
         close = difflib.get_close_matches(name, columns, n=1)
         mend = f"did you mean {close[0]!r}? Set {key}" if close else f"set {key} to one of them"
-        found = f"only the columns {some(columns, 12)}" if columns else "no columns at all"
+        found = f"only the columns {quoted(columns, 12)}" if columns else "no columns at all"
         raise refusal(where, found, role, mend)
     # Files of anndata below 0.8 keep categories elsewhere, which only the reader of the whole frame knows.
     values = read_elem(frame)[name] if "__categories" in frame else read_elem(frame[name])

@@ -11,7 +11,7 @@ import pandas as pd
 
 from primeflow_perturbench.data.atlas.columns import read_column, read_index
 from primeflow_perturbench.data.atlas.manifest import AtlasFile, Manifest, refusal
-from primeflow_perturbench.data.checks import counted, some
+from primeflow_perturbench.errors import counted, quoted
 
 # "ENSG00000141510.18", "ENSMUSG00000059552.14"; "_PAR_Y" marks the copy of a gene on the Y chromosome.
 VERSIONED = re.compile(r"(ENS[A-Z]{0,6}G\d{11})\.\d+(_PAR_Y)?")
@@ -38,7 +38,7 @@ def read_gene_names(file: h5py.File, entry: AtlasFile) -> list[str]:
         names = pd.Index([match[1] + (match[2] or "") for match in matches])
     twice = names[names.duplicated()].unique()
     if len(twice) and entry.duplicate_genes == "refuse":
-        found = f"more than one column of {counted(twice, 'gene')}, {some(twice)}"
+        found = f"more than one column of {counted(twice, 'gene')}, {quoted(twice)}"
         mend = "make them unique, or write duplicate_genes: first to read the first column of each"
         raise refusal(where, found, "one column a gene", mend)
     return names.tolist()
@@ -69,7 +69,7 @@ def unify(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[str]:
         genes, held = list(manifest.genes), set().union(*sets)
         absent = [name for name in genes if name not in held]
         if absent and not manifest.drop_absent_genes:
-            found = f"{len(absent)} that no file has, {some(absent)}"
+            found = f"{len(absent)} that no file has, {quoted(absent)}"
             mend = "take them off the list or mend their spelling"
             raise refusal(f"{manifest.path}, genes", found, "genes of the files", mend)
         genes = [name for name in genes if name in held]
@@ -86,9 +86,9 @@ def _require_shared(manifest: Manifest, names: Sequence[Sequence[str]], genes: s
         if not shared:
             place = "var_names" if entry.gene_key is None else f"var column {entry.gene_key!r}"
             asked = f"the {manifest.genes} of all files" if isinstance(manifest.genes, str) else "the list of genes"
-            found = f"genes such as {some(of_file, 3)}, none in common with {asked}"
+            found = f"genes such as {quoted(of_file, 3)}, none in common with {asked}"
             if manifest.genes == "union":
-                found = f"genes such as {some(of_file, 3)}, none in common with any other file"
+                found = f"genes such as {quoted(of_file, 3)}, none in common with any other file"
             mend = "set gene_key to the column of var with names as in the other files"
             raise refusal(f"{entry.path}, {place}", found, "the same names for the same genes", mend)
 

@@ -23,7 +23,7 @@ from primeflow_perturbench.data.atlas.manifest import (
     read_genes,
     refusal,
 )
-from primeflow_perturbench.data.checks import reason
+from primeflow_perturbench.errors import first_line
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 FILE_KEYS = ("filename", "append_dataset_to_index")
@@ -91,7 +91,7 @@ def _resolved(given: Mapping, path: Path) -> tuple[dict, dict]:
             part = config.data.get(name) or {}
             parts.append({key: _plain(part[key]) for key in keys if key in part})
     except OmegaConfBaseException as error:
-        found = f"a value that cannot be resolved ({reason(error)})"
+        found = f"a value that cannot be resolved ({first_line(error)})"
         raise refusal(path, found, "paths, or ${paths.data_dir} in them", "write the value out") from error
     return parts[0], parts[1]
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 import yaml
 
-from primeflow_perturbench.data.checks import Finding, reason, some
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.data.checks import Finding
+from primeflow_perturbench.errors import InputError, first_line, quoted
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 DATASET, METHOD, CONDITION = "dataset", "method", "condition"
@@ -115,7 +115,7 @@ def _load(path: Path) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        text = getattr(error, "problem", None) or reason(error)
+        text = getattr(error, "problem", None) or first_line(error)
         raise refusal(path, f"text that is no YAML{line} ({text})", expected, "mend that place") from error
     if not isinstance(given, dict):
         raise refusal(path, "no keys at all", expected, "give files, covariates and genes")
@@ -127,7 +127,7 @@ def _require_known(given: Mapping, known: Sequence[str], where: object) -> None:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             mend = f"did you mean {close[0]!r}?" if close else "take it out"
-            raise refusal(where, f"the unknown key {str(key)!r}", f"keys among {some(known, 20)}", mend)
+            raise refusal(where, f"the unknown key {str(key)!r}", f"keys among {quoted(known, 20)}", mend)
 
 
 def _file(given: object, covariates: Sequence[str], manifest: Path, number: int) -> AtlasFile:
@@ -173,7 +173,7 @@ def _covariate_mapping(given: Mapping, key: str, covariates: Sequence[str], wher
     for name, value in mapping.items():
         if name not in covariates:
             mend = "add it to the manifest's covariates or take it out"
-            raise refusal(f"{where}, {key}", f"{name!r}", f"covariates of the atlas, {some(covariates)}", mend)
+            raise refusal(f"{where}, {key}", f"{name!r}", f"covariates of the atlas, {quoted(covariates)}", mend)
         if isinstance(value, bool) or not isinstance(value, str | Real):
             raise refusal(f"{where}, {key}, {name}", f"{value!r}", "a text or a number", "put a text in quotes")
     return dict(mapping)

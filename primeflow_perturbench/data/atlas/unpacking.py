@@ -18,9 +18,10 @@ from filelock import FileLock
 
 from primeflow_perturbench.data.atlas.manifest import refusal
 from primeflow_perturbench.data.atlas.rows import is_plain
-from primeflow_perturbench.data.checks import reason, require_h5ad
+from primeflow_perturbench.data.checks import require_h5ad
 from primeflow_perturbench.data.counts import slabs
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.errors import first_line
+from primeflow_perturbench.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _gunzip(path: Path, target: Path) -> None:
         with gzip.open(path, "rb") as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file, COPIED_AT_ONCE)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        found, mend = f"a damaged gzip file ({reason(error)})", "fetch it again, it is not whole"
+        found, mend = f"a damaged gzip file ({first_line(error)})", "fetch it again, it is not whole"
         raise refusal(path, found, "a gzipped AnnData file (.h5ad.gz)", mend) from error
 
 
@@ -131,7 +132,7 @@ def _rewrite(source: Path, named: Path, target: Path) -> None:
         except OSError as error:
             if error.errno is not None:  # a full disk and the like
                 raise
-            found, mend = f"content that cannot be read ({reason(error)})", "fetch or write it again, it is not whole"
+            found, mend = f"content that cannot be read ({first_line(error)})", "fetch or write it again"
             raise refusal(f"{named}, X", found, "expression values", mend) from error
 
 

@@ -8,7 +8,7 @@ from typing import Self
 from primeflow_perturbench.data.download.catalogue import REPOSITORY, Dataset, unpacked_name
 from primeflow_perturbench.data.download.hub import RemoteFile
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 LOCK = "perturbench.lock.json"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 BLOCK = 2**20
 MACOS_EXTRA = "._"

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.conditions.table import Parts, count, quoted, split_parts
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.conditions.table import Parts, split_parts
+from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.sampling.sampler import Block, unsigned_zeros
 
 # What cell-eval2 takes of a cell at most.
@@ -207,6 +207,6 @@ def target_columns(
 def strange_targets(names: Sequence[str]) -> str:
     """Warning of perturbations that knock-down leaves as they are."""
     return (
-        f"knock-down leaves {count(names, 'perturbation')} as generated, for no gene of the model has such a name: "
+        f"knock-down leaves {counted(names, 'perturbation')} as generated, for no gene of the model has such a name: "
         f"{quoted(names)}"
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from primeflow_perturbench.evaluation.challenge.profiles import BASELINE, PERFECT, PROFILES, REPLICATE
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 Values = dict[str, float]
 Table = list[dict[str, Any]]

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from primeflow_perturbench.conditions.table import split_parts
-from primeflow_perturbench.data.checks import read_h5ad, some
+from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.data.counts import Counts
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.evaluation.challenge.cells import ChallengeSteps, strange_targets, target_columns
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.sampling.sampler import Block
@@ -144,7 +144,7 @@ def library_sizes(settings: Mapping[str, Any], context: Mapping[str, Any]) -> Te
     adata.file.close()
     if key not in obs:
         raise InputError(
-            f"{path} has no obs column {key!r}; its columns are {some(obs.columns)}, name one of them {key!r}"
+            f"{path} has no obs column {key!r}; its columns are {quoted(obs.columns)}, name one of them {key!r}"
         )
     controls = (obs[key].astype(str) == str(control)).to_numpy()
     if not controls.any():
@@ -152,7 +152,7 @@ def library_sizes(settings: Mapping[str, Any], context: Mapping[str, Any]) -> Te
     with h5py.File(Path(path), "r") as file:
         layers = list(file.get("layers", ()))
         if layer is not None and layer not in layers:
-            has = some(layers) or "none"
+            has = quoted(layers) or "none"
             raise InputError(f"{path} has no layer {layer!r}, its layers are {has}; set challenge.counts_layer")
         stored = file["X"] if layer is None else file["layers"][layer]
         place = f"{path}, X" if layer is None else f"{path}, layer {layer!r}"

@@ -18,10 +18,10 @@ import scipy.sparse as sp
 from rich.console import Console
 from rich.table import Table
 
-from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require, some
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
+from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.evaluation.challenge.profiles import PREDICTION, PROFILES, ROWS, Profile, average
-from primeflow_perturbench.perturbench.embedded.files import replacing
+from primeflow_perturbench.files import replacing
 
 CHILD = "primeflow_perturbench.evaluation.challenge.child"
 
@@ -174,7 +174,7 @@ def aligned(
             if more := sorted(sets[has] - sets[lacks]):
                 raise InputError(
                     f"{names[has]} has {len(more)} {what}{'' if len(more) == 1 else 's'} that {names[lacks]} lacks, "
-                    f"{some(more)}; a challenge scores the same {what}s on both sides"
+                    f"{quoted(more)}; a challenge scores the same {what}s on both sides"
                 )
     predicted = predicted[:, measured.var_names]
     if not synthetic:
