@@ -1,0 +1,212 @@
+"""The direction of imports: a layer imports from its own and lower layers only, and there are no cycles.
+
+Imports inside functions and under ``TYPE_CHECKING`` count too.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import primeflow_perturbench.configs
+
+PACKAGE = "primeflow_perturbench"
+SOURCE = Path(__file__).parents[1] / PACKAGE
+CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
+EMBEDDED = f"{PACKAGE}.perturbench.embedded"
+
+# From top to bottom. A module belongs to the longest name that fits: `sampling.predict` lies above `sampling`.
+LAYERS = (
+    ("cli", "__main__", "configs"),
+    ("sweeps", "leaderboard", "training", "sampling.predict"),
+    ("evaluation", "model"),
+    ("pretrained", "finetuning"),
+    ("calibration", "sampling"),
+    ("conditions", "expression"),
+    ("networks", "flow"),
+    # Every layer may import these; they import each other and the lowest layer.
+    ("data", "simulation", "perturbench"),
+    ("labels", "files", "errors"),
+)
+HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
+
+# Temporary: imports that still point up or bypass `perturbench.backend`, as (importer, imported). Remove an entry with
+# its import; add none.
+UPWARD: set[tuple[str, str]] = {
+    ("finetuning.report", "training.provenance"),
+    ("finetuning.weight_transfer", "model"),
+    ("model", "training.noise"),
+    ("model", "training.optimizer"),
+    ("model", "training.parameter_groups"),
+    ("model", "training.schedule"),
+    ("pretrained.folder", "model"),
+    ("pretrained.folder", "training.provenance"),
+    ("pretrained.from_run", "model"),
+    ("pretrained.from_run", "sampling.predict"),
+    ("pretrained.sample", "model"),
+    ("sweeps.worker", "cli.common"),
+    ("sweeps.worker", "configs"),
+}
+CYCLIC: set[tuple[str, str]] = {
+    ("conditions.embedding_tables", "conditions.table"),
+    ("conditions.table", "conditions.embedding_tables"),
+    ("data.atlas.h5_description", "data.atlas.manifest"),
+    ("data.atlas.manifest", "data.atlas.h5_description"),
+    ("finetuning.weight_transfer", "model"),
+    ("model", "finetuning.weight_transfer"),
+    ("model", "pretrained.folder"),
+    ("model", "pretrained.sample"),
+    ("pretrained.folder", "model"),
+    ("pretrained.sample", "model"),
+}
+FOLDER_CYCLES: set[tuple[str, str]] = {
+    ("cli", "sweeps"),
+    ("evaluation", "model"),
+    ("finetuning", "model"),
+    ("finetuning", "training"),
+    ("model", "finetuning"),
+    ("model", "pretrained"),
+    ("model", "training"),
+    ("pretrained", "model"),
+    ("pretrained", "sampling.predict"),
+    ("pretrained", "training"),
+    ("sampling.predict", "evaluation"),
+    ("sampling.predict", "model"),
+    ("sampling.predict", "pretrained"),
+    ("sampling.predict", "training"),
+    ("sweeps", "cli"),
+    ("training", "evaluation"),
+    ("training", "finetuning"),
+}
+DRAWER: set[str] = {
+    "cli.common",
+    "conditions.embedding_tables",
+    "data.atlas.module",
+    "data.atlas.narrowing",
+    "data.atlas.sampling",
+    "data.atlas.unpacking",
+    "data.download.lock",
+    "data.download.unpack",
+    "data.preprocess",
+    "data.splits",
+    "evaluation.challenge.child",
+    "evaluation.challenge.scoring",
+    "leaderboard.drawing",
+    "leaderboard.page",
+    "leaderboard.report",
+    "leaderboard.tables",
+    "sampling.predict",
+    "sampling.writer",
+    "simulation.atlas",
+    "sweeps.records",
+    "sweeps.supervisor",
+    "training.provenance",
+    "training.run",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Path of every module of the package by its full name."""
+    found = {}
+    for top, root in ((PACKAGE, SOURCE), (f"{PACKAGE}.configs", CONFIGS)):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join([top, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path, known: set[str]) -> Iterator[str]:
+    """Modules of ours that a module imports, anywhere in its text."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                if full in known:
+                    yield full
+                elif base in known:
+                    yield base
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Imported modules of ours by importer, without the top of the package, which shows names of others."""
+    found = modules()
+    graph = {name: set(imports(name, path, set(found))) - {PACKAGE, name} for name, path in found.items()}
+    graph.pop(PACKAGE)
+    return graph
+
+
+def short(module: str) -> str:
+    return module.removeprefix(f"{PACKAGE}.")
+
+
+def unit(module: str) -> str:
+    """The name in `LAYERS` that a module belongs to, the longest that fits."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in names if name in HEIGHT), "")
+
+
+def cyclic_imports(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Imports that are part of a cycle, as (importer, imported)."""
+
+    def reachable(start: str) -> set[str]:
+        found, waiting = set(), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
+
+    return {(name, other) for name, each in graph.items() for other in each if name in reachable(other)}
+
+
+def test_every_module_belongs_to_a_layer():
+    graph = import_graph()
+    assert len(graph) > 60
+    assert [name for name in graph if not unit(name)] == [], "add these to LAYERS"
+
+
+def test_imports_point_down_only():
+    upward = {
+        (short(name), short(imported))
+        for name, each in import_graph().items()
+        for imported in each
+        if HEIGHT[unit(imported)] > HEIGHT[unit(name)]
+    }
+    assert upward - UPWARD == set(), "these imports point up"
+    assert UPWARD - upward == set(), "these imports are gone: remove them from UPWARD"
+
+
+def test_there_are_no_import_cycles():
+    cycles = {(short(name), short(other)) for name, other in cyclic_imports(import_graph())}
+    assert cycles - CYCLIC == set(), "these imports close a circle"
+    assert CYCLIC - cycles == set(), "these circles are gone: remove them from CYCLIC"
+
+
+def test_there_are_no_cycles_between_folders():
+    folders: dict[str, set[str]] = {}
+    for name, each in import_graph().items():
+        folders.setdefault(unit(name), set()).update({unit(other) for other in each} - {unit(name)})
+    assert cyclic_imports(folders) - FOLDER_CYCLES == set()
+    assert FOLDER_CYCLES - cyclic_imports(folders) == set(), "these are gone: remove them from FOLDER_CYCLES"
+
+
+def test_embedded_perturbench_imports_nothing_of_ours():
+    graph = import_graph()
+    inside = {name: each for name, each in graph.items() if name.startswith(EMBEDDED)}
+    assert inside
+    assert {(name, other) for name, each in inside.items() for other in each if not other.startswith(EMBEDDED)} == set()
+
+
+def test_only_perturbench_imports_its_embedded_subset():
+    importers = {
+        short(name)
+        for name, each in import_graph().items()
+        if not name.startswith(f"{PACKAGE}.perturbench") and any(other.startswith(EMBEDDED) for other in each)
+    }
+    assert importers - DRAWER == set(), "use perturbench.backend.load, or a module of ours"
+    assert DRAWER - importers == set(), "these no longer import it: remove them from DRAWER"
