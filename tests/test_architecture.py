@@ -32,7 +32,6 @@ HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in na
 # Temporary: imports that still point up or bypass `perturbench.backend`, as (importer, imported). Remove an entry with
 # its import; add none.
 UPWARD: set[tuple[str, str]] = {
-    ("finetuning.report", "training.provenance"),
     ("finetuning.weight_transfer", "model"),
     ("model", "training.noise"),
     ("model", "training.optimizer"),
@@ -62,7 +61,6 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
     ("cli", "sweeps"),
     ("evaluation", "model"),
     ("finetuning", "model"),
-    ("finetuning", "training"),
     ("model", "finetuning"),
     ("model", "pretrained"),
     ("model", "training"),
@@ -83,23 +81,10 @@ DRAWER: set[str] = {
     "data.atlas.module",
     "data.atlas.narrowing",
     "data.atlas.sampling",
-    "data.atlas.unpacking",
-    "data.download.lock",
-    "data.download.unpack",
-    "data.preprocess",
     "data.splits",
-    "evaluation.challenge.child",
-    "evaluation.challenge.scoring",
     "leaderboard.drawing",
-    "leaderboard.page",
     "leaderboard.report",
-    "leaderboard.tables",
     "sampling.predict",
-    "sampling.writer",
-    "simulation.atlas",
-    "sweeps.records",
-    "sweeps.supervisor",
-    "training.provenance",
     "training.run",
 }
 
