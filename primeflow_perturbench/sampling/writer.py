@@ -1,4 +1,4 @@
-"""Write generated cells to disk block by block: one h5ad file, or one for each condition."""
+"""Write generated cells to disk block by block: one h5ad file, or one file for each condition."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,90 +6,49 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from anndata.io import read_elem, write_elem
+from anndata.io import read_elem
 from pandas.api.types import is_numeric_dtype
-from torch import Tensor
 
+from primeflow_perturbench.data.sparse import append_rows
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.sampling.sampler import Block
 
 CONDITION_INDEX = "_condition_idx"
 INDEX_FILE = "conditions.csv"
 RECORD = "primeflow"
-# Values, and cells, in a chunk of the file: large enough to write fast, small enough for files of a hundred cells.
-CHUNK, CHUNK_CELLS = 2**14, 2**10
-
-
-class GrowingMatrix:
-    """A sparse matrix (cells, G) in an open h5ad file, to which cells are added in row order.
-
-    Parameters
-    ----------
-    file
-        File open for writing; the matrix becomes its ``X``.
-    n_genes
-        Number of genes, G.
-    """
-
-    def __init__(self, file: h5py.File, n_genes: int):
-        self._group = file.create_group("X")
-        self._group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [0, n_genes]})
-        # Positions in `data` outgrow 32 bits in a file of a million cells; columns never do.
-        for name, dtype, chunk in (
-            ("data", np.float32, CHUNK),
-            ("indices", np.int32, CHUNK),
-            ("indptr", np.int64, CHUNK_CELLS),
-        ):
-            self._group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(chunk,), dtype=dtype)
-        self._extend("indptr", np.zeros(1))
-
-    def append(self, cells: Tensor) -> None:
-        """Add cells (n, G)."""
-        block = sp.csr_matrix(cells.numpy())
-        stored = len(self._group["data"])
-        self._extend("data", block.data)
-        self._extend("indices", block.indices)
-        self._extend("indptr", block.indptr[1:].astype(np.int64) + stored)
-        n_cells, n_genes = self._group.attrs["shape"]
-        self._group.attrs["shape"] = [n_cells + len(cells), n_genes]
-
-    def _extend(self, name: str, values: np.ndarray) -> None:
-        dataset = self._group[name]
-        dataset.resize(len(dataset) + len(values), axis=0)
-        dataset[len(dataset) - len(values) :] = values
+# Values in a chunk of the file: large enough to write fast, small enough for files of a hundred cells.
+CHUNK_VALUES = 2**13
 
 
 def write_file(path: Path, blocks: Iterable[Block], obs: pd.DataFrame, gene_names: Sequence[str], record: str) -> None:
-    """Write blocks of cells, which come in the order of ``obs``, as one h5ad file.
+    """Write blocks of cells, in the order of ``obs``, as one h5ad file.
 
-    The memory that this takes is one block's and ``obs``'s. The file has its name once it is whole.
+    Memory holds ``obs`` and one block. The file appears under its name once it is complete.
 
     Parameters
     ----------
     path
-        Where the file goes.
+        File to write.
     blocks
         ``(row, first, cells (n, G))``, see `CellGenerator.stream`.
     obs
-        A row a cell, see `cells_obs`.
+        One row per cell, see `cells_obs`.
     gene_names
         Names of the genes, length G.
     record
-        How the cells were made, kept in ``uns``, see `read_record`.
+        How the cells were made; stored in ``uns`` and returned by `read_record`.
     """
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        matrix = GrowingMatrix(file, len(gene_names))
-        for _, _, cells in blocks:
-            matrix.append(cells)
-        frames = {"obs": obs, "var": pd.DataFrame(index=pd.Index(gene_names, dtype=str))}
-        empty = {name: {} for name in ("layers", "obsm", "obsp", "varm", "varp")}
-        for name, value in {**frames, **empty, "uns": {RECORD: record}}.items():
-            write_elem(file, name, value)
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    var = pd.DataFrame(index=pd.Index(gene_names, dtype=str))
+    with replacing(path) as temporary:
+        anndata.AnnData(obs=obs, var=var, uns={RECORD: record}).write_h5ad(temporary)
+        with h5py.File(temporary, "r+") as file:
+            for _, _, cells in blocks:
+                append_rows(file, "X", sp.csr_matrix(cells.numpy()), chunks=(CHUNK_VALUES,))
 
 
 def write_files(
@@ -100,14 +59,14 @@ def write_files(
     gene_names: Sequence[str],
     records: Sequence[str],
 ) -> None:
-    """Write blocks of cells as one h5ad file for each condition, and ``conditions.csv``, which says which is which.
+    """Write blocks of cells as one h5ad file per condition, and ``conditions.csv``, which maps conditions to files.
 
     Parameters
     ----------
     folder
         Where the files go.
     blocks
-        As for `write_file`; the conditions that lack here keep the file that they have.
+        As for `write_file`. A condition without blocks keeps the file that it has.
     obs
         Covariates and perturbation of each condition, N rows.
     counts
@@ -115,11 +74,11 @@ def write_files(
     gene_names
         Names of the genes, length G.
     records
-        How each condition's cells were made, length N.
+        How the cells of each condition were made, length N.
     """
     names = file_names(obs)
     index = folder / INDEX_FILE
-    # An index says that all files are there.
+    # The index promises that all files exist.
     index.unlink(missing_ok=True)
     for row, of_row in groupby(blocks, key=itemgetter(0)):
         write_file(folder / names[row], of_row, cells_obs(obs, counts, [row]), gene_names, records[row])
@@ -128,7 +87,11 @@ def write_files(
 
 
 def cells_obs(obs: pd.DataFrame, counts: np.ndarray, rows: Sequence[int]) -> pd.DataFrame:
-    """``obs`` of the cells of some conditions: a category of each text, ``_condition_idx`` and names ``row_index``."""
+    """Return ``obs`` of the cells of some conditions, one row per cell.
+
+    Text columns become categories, ``_condition_idx`` holds the row of the condition, and the k-th cell of a condition
+    is called ``<row>_<k>``.
+    """
     rows = np.asarray(rows)
     n = np.asarray(counts)[rows]
     table = obs.iloc[rows].reset_index(drop=True)
@@ -139,7 +102,7 @@ def cells_obs(obs: pd.DataFrame, counts: np.ndarray, rows: Sequence[int]) -> pd.
 
 
 def file_names(obs: pd.DataFrame) -> list[str]:
-    """File name of each condition: its row and its label, without characters that a file system may refuse."""
+    """Return the file name of each condition: its row and its label, without characters that a file system rejects."""
     width = len(str(len(obs) - 1))
     labels = ["_".join(map(str, values)) for values in obs.itertuples(index=False)]
     safe = [re.sub(r"[^A-Za-z0-9_.+-]+", "-", label)[:100] for label in labels]
@@ -147,19 +110,19 @@ def file_names(obs: pd.DataFrame) -> list[str]:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is an index that `write_files` has written, by its first column."""
+    """Return whether a file is an index written by `write_files`, judged by its first column."""
     with path.open("rb") as file:
         return file.readline().startswith(b"file,")
 
 
 def not_written(folder: Path, obs: pd.DataFrame, counts: np.ndarray, records: Sequence[str]) -> list[int]:
-    """Conditions whose file is not there, or holds another number of cells or cells made in another way."""
+    """Return the rows of conditions whose file is missing, or has another number of cells or another record."""
     wanted = zip(file_names(obs), counts, records, strict=True)
     return [row for row, (name, n, record) in enumerate(wanted) if read_record(folder / name) != (n, record)]
 
 
 def read_record(path: Path) -> tuple[int, str] | None:
-    """How many cells a file of ours holds and how they were made; ``None`` for any other file, or none."""
+    """Return the number of cells of a file written by `write_file` and how they were made; None for any other file."""
     if not path.is_file():
         return None
     try:
@@ -170,6 +133,6 @@ def read_record(path: Path) -> tuple[int, str] | None:
 
 
 def numbered(blocks: Iterable[Block], rows: Sequence[int]) -> Iterator[Block]:
-    """Blocks of some rows of a table, numbered as in the whole table."""
+    """Renumber the blocks of a selection of conditions: the selection's k-th condition becomes ``rows[k]``."""
     for row, first, cells in blocks:
         yield rows[row], first, cells
