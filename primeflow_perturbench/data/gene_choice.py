@@ -1,4 +1,4 @@
-"""Statistics of a stream of counts, and the genes that they choose: highly variable, differentially expressed."""
+"""Gene selection from a stream of counts: highly variable and differentially expressed genes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from primeflow_perturbench.data.checks import Finding
 from primeflow_perturbench.data.counts import Block, Counts
 from primeflow_perturbench.errors import counted, quoted
 
-# Bins of mean expression within which dispersions are compared, as in scanpy.
+# scanpy's default number of bins of mean expression, within which dispersions are compared.
 HVG_BINS = 20
-# Sums and sums of squares, in float64, of every gene in every condition: 5,000 conditions x 20,000 genes fit.
-# With more conditions the file is streamed again for each further batch of them.
+# Memory for the sums and sums of squares, in float64, of each gene in each condition. 5,000 conditions x 20,000 genes
+# fit. With more conditions the file is streamed again for each further batch of them.
 ACCUMULATOR_BYTES = 3 * 2**29
 
 
 def highly_variable(mean: np.ndarray, variance: np.ndarray, n_top_genes: int) -> pd.DataFrame:
-    """Choose genes by their dispersion, as ``scanpy.pp.highly_variable_genes(flavor='seurat')`` does.
+    """Choose genes by normalized dispersion, as `scanpy.pp.highly_variable_genes` with flavor ``seurat`` does.
 
     Parameters
     ----------
     mean, variance
-        Of the normalised, unlogged expression, shape (n_genes,).
+        Mean and variance of the normalized, unlogged expression, shape (n_genes,).
     n_top_genes
-        Genes to choose, more if the last ones tie, fewer if other genes are silent; all if there are no more.
+        Number of genes to choose: more if the last ones tie, fewer if the others have no counts. All genes are chosen
+        if there are no more than this.
 
     Returns
     -------
-    One row a gene: ``highly_variable``, ``means`` (log1p), ``dispersions`` (log of variance over mean, NaN for a
-    silent gene) and ``dispersions_norm`` (standardised within the bin).
+    One row per gene: ``highly_variable``, ``means`` (log1p), ``dispersions`` (log of variance over mean, NaN for a
+    gene without counts) and ``dispersions_norm`` (standardized within its bin of mean expression).
     """
     dispersed = variance > 0
     ratio = np.divide(variance, mean, out=np.full(len(mean), np.nan), where=dispersed)
@@ -41,30 +42,30 @@ def highly_variable(mean: np.ndarray, variance: np.ndarray, n_top_genes: int) ->
     bins = table["dispersions"].groupby(pd.cut(table["means"], HVG_BINS, labels=False))
     deviation = bins.transform("std")
     norm = (table["dispersions"] - bins.transform("mean")) / deviation
-    # A gene alone in its bin has nothing to be compared with.
+    # A bin with a single gene has no standard deviation. scanpy assigns 1.
     table["dispersions_norm"] = norm.mask(deviation.isna() & dispersed, 1.0)
     if n_top_genes >= len(table):
         return table.assign(highly_variable=True)
-    # NaN, which no gene reaches, where nothing is to be chosen.
-    least = table["dispersions_norm"].nlargest(n_top_genes).min()
-    return table.assign(highly_variable=table["dispersions_norm"] >= least)
+    # With n_top_genes=0 the threshold is NaN, which no gene reaches.
+    threshold = table["dispersions_norm"].nlargest(n_top_genes).min()
+    return table.assign(highly_variable=table["dispersions_norm"] >= threshold)
 
 
 class Conditions(NamedTuple):
-    """Covariate groups and perturbations, in sorted order."""
+    """Conditions, the pairs of covariate group and perturbation, in sorted order."""
 
     of_cell: np.ndarray
-    """Condition of each cell, (n_cells,)."""
+    """Index of each cell's condition, (n_cells,)."""
     n_cells: np.ndarray
-    """Cells of each condition, (n_conditions,)."""
+    """Number of cells of each condition, (n_conditions,)."""
     names: list[str]
     """Covariates and label of each condition."""
     control: np.ndarray
-    """Condition that holds the controls of each condition, (n_conditions,), -1 where there is none."""
+    """Index of the condition that holds the controls of each condition, -1 for none, (n_conditions,)."""
 
     @classmethod
     def of(cls, obs: pd.DataFrame, perturbation_key: str, covariate_keys: Sequence[str], control: str) -> Conditions:
-        """Sort the cells into conditions by their labels and categorical covariates."""
+        """Group cells by their labels and categorical covariates."""
         covariates = [key for key in covariate_keys if not pd.api.types.is_numeric_dtype(obs[key])]
         keys = list(dict.fromkeys([*covariates, perturbation_key]))
         table = obs[keys].astype(str)
@@ -78,21 +79,21 @@ class Conditions(NamedTuple):
 
     @property
     def perturbed(self) -> np.ndarray:
-        """Whether each condition is something other than controls, (n_conditions,)."""
+        """Whether each condition is not a control, (n_conditions,)."""
         return self.control != np.arange(len(self.control))
 
     @property
     def n_controls(self) -> np.ndarray:
-        """Control cells of each condition's covariate group, (n_conditions,)."""
+        """Number of control cells of each condition's covariate group, (n_conditions,)."""
         return np.where(self.control >= 0, self.n_cells[self.control], 0)
 
     @property
     def scored(self) -> np.ndarray:
-        """Perturbed conditions that have a variance, as have their controls: indices, (n_scored,)."""
+        """Indices of the perturbed conditions with two cells and two controls or more, (n_scored,)."""
         return np.flatnonzero(self.perturbed & (self.n_cells > 1) & (self.n_controls > 1))
 
     def findings(self, where: str) -> list[Finding]:
-        """Which conditions have no scores, and why, as warnings about ``where``."""
+        """Return warnings about ``where`` that name the conditions without scores and the reason."""
         reasons = {
             "in covariate groups without control cells": self.n_controls == 0,
             "in covariate groups with a single control cell": self.n_controls == 1,
@@ -103,26 +104,26 @@ class Conditions(NamedTuple):
             names = [self.names[i] for i in np.flatnonzero(hit & self.perturbed)]
             if names:
                 found = f"{counted(names, 'condition')} {reason}, {quoted(names)}"
-                mend = "they are kept, but contribute no differentially expressed genes"
-                findings.append(Finding("warning", where, found, "two cells and two controls or more", mend))
+                hint = "they are kept, but contribute no differentially expressed genes"
+                findings.append(Finding("warning", where, found, "two cells and two controls or more", hint))
         return findings
 
     def batches(self, n_genes: int) -> list[np.ndarray]:
-        """Scored conditions whose moments fit into memory together, each time with all of their controls."""
+        """Split the scored conditions into batches whose moments fit into memory, each with all of its controls."""
         controls = np.unique(self.control[self.scored])
-        most = max(1, ACCUMULATOR_BYTES // (16 * n_genes) - len(controls) - 1)
-        return [np.append(controls, self.scored[i : i + most]) for i in range(0, len(self.scored), most)]
+        size = max(1, ACCUMULATOR_BYTES // (16 * n_genes) - len(controls) - 1)
+        return [np.append(controls, self.scored[i : i + size]) for i in range(0, len(self.scored), size)]
 
 
 class _Moments:
-    """Sums and sums of squares of every gene in several sets of cells."""
+    """Sums and sums of squares of each gene in several sets of cells."""
 
     def __init__(self, n_sets: int, n_genes: int):
         self.n_cells = np.zeros(n_sets, dtype=np.int64)
         self._sums, self._squares = np.zeros((n_sets, n_genes)), np.zeros((n_sets, n_genes))
 
     def add(self, block: Block, values: np.ndarray, sets: np.ndarray) -> None:
-        """Add ``values`` at the places of the block's counts; its cells belong to ``sets``, (n_block,)."""
+        """Add ``values``, which stand in place of the block's counts. ``sets`` gives the set of each cell, (n_block,)."""
         values = values.astype(np.float64)
         place = np.repeat(sets * self._sums.shape[1], np.diff(block.counts.indptr)) + block.counts.indices
         np.add.at(self._sums.reshape(-1), place, values)
@@ -130,49 +131,49 @@ class _Moments:
         self.n_cells += np.bincount(sets, minlength=len(self.n_cells))
 
     def mean_and_variance(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and unbiased variance in set ``i`` of at least two cells, both of shape (n_genes,)."""
+        """Return mean and unbiased variance of set ``i`` of at least two cells, both of shape (n_genes,)."""
         n = self.n_cells[i]
         mean = self._sums[i] / n
         return mean, np.maximum(self._squares[i] / n - mean**2, 0) * (n / (n - 1))
 
 
-class Survey(NamedTuple):
-    """What choosing the genes takes."""
+class GeneStatistics(NamedTuple):
+    """What the choice of genes is based on."""
 
     mean: np.ndarray
-    """Of the normalised, unlogged expression over all cells, (n_genes,)."""
+    """Mean of the normalized, unlogged expression over all cells, (n_genes,)."""
     variance: np.ndarray
-    """Of the same, (n_genes,)."""
+    """Variance of the same, (n_genes,)."""
     de: np.ndarray
     """Whether each gene is differentially expressed in some condition, (n_genes,)."""
     n_empty: int
-    """Cells without counts."""
+    """Number of cells without counts."""
 
 
-def survey(counts: Counts, conditions: Conditions, n_de_genes: int, progress: Progress) -> Survey:
-    """Stream the counts once, or once for every batch of conditions.
+def gene_statistics(counts: Counts, conditions: Conditions, n_de_genes: int, progress: Progress) -> GeneStatistics:
+    """Stream the counts once, or once for each batch of conditions.
 
     Parameters
     ----------
     counts
         Counts of the cells, (n_cells, n_genes).
     conditions
-        Of the same cells.
+        Conditions of the same cells.
     n_de_genes
-        Genes of largest absolute t-score to take from each scored condition; fewer where fewer differ.
+        Number of genes with the largest absolute t-score to take from each scored condition; fewer if fewer differ.
     progress
-        Gets a bar for each time that the cells are streamed.
+        Receives a bar for each pass over the cells.
 
     Raises
     ------
     InputError
-        If a value is no count.
+        If a value is not a count.
     """
     n_cells, n_genes = counts.shape
     overall, n_empty, de = _Moments(1, n_genes), 0, np.zeros(n_genes, dtype=bool)
     batches = conditions.batches(n_genes) if n_de_genes else []
     for number, batch in enumerate(batches or [np.array([], dtype=int)], start=1):
-        # The last set gathers the cells that no score of this batch needs.
+        # The last set collects the cells that no score of this batch needs.
         set_of = np.full(len(conditions.names), len(batch))
         set_of[batch] = np.arange(len(batch))
         moments = _Moments(len(batch) + 1, n_genes)
@@ -181,24 +182,24 @@ def survey(counts: Counts, conditions: Conditions, n_de_genes: int, progress: Pr
         for block in counts.blocks():
             rows = block.counts.shape[0]
             if number == 1:
-                overall.add(block, block.normalised, np.zeros(rows, dtype=np.int64))
+                overall.add(block, block.normalized, np.zeros(rows, dtype=np.int64))
                 n_empty += int((np.diff(block.counts.indptr) == 0).sum())
             sets = set_of[conditions.of_cell[block.start : block.start + rows]]
-            moments.add(block, np.log1p(block.normalised), sets)
+            moments.add(block, np.log1p(block.normalized), sets)
             progress.advance(task, rows)
         for condition in batch[conditions.perturbed[batch]]:
             de[_top_genes(moments, set_of[condition], set_of[conditions.control[condition]], n_de_genes)] = True
-    return Survey(*overall.mean_and_variance(0), de, n_empty)
+    return GeneStatistics(*overall.mean_and_variance(0), de, n_empty)
 
 
 def _top_genes(moments: _Moments, perturbed: int, control: int, n_genes: int) -> np.ndarray:
-    """Genes of largest absolute t-score between two sets; the file's order decides between equals."""
+    """Return the genes with the largest absolute t-score between two sets. Ties keep the order of the file."""
     mean, variance = moments.mean_and_variance(perturbed)
     control_mean, control_variance = moments.mean_and_variance(control)
     with np.errstate(divide="ignore", invalid="ignore"):
         scores = (mean - control_mean) / np.sqrt((variance + control_variance) / moments.n_cells[perturbed])
-    # A gene that neither side varies in has an infinite score where the sides differ and none where they agree.
+    # A gene without variance in both sets scores infinity if the means differ, and NaN, taken as 0, if they agree.
     scores = np.where(np.isnan(scores), 0, np.abs(scores))
-    least = np.partition(scores, -n_genes)[-n_genes] if n_genes < len(scores) else 0
-    candidates = np.flatnonzero((scores >= least) & (scores > 0))
+    threshold = np.partition(scores, -n_genes)[-n_genes] if n_genes < len(scores) else 0
+    candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
     return candidates[np.argsort(-scores[candidates], kind="stable")[:n_genes]]

@@ -24,12 +24,12 @@ from primeflow_perturbench.errors import InputError
 
 LABELS = ["control", "G0", "G1", "G0+G1"]
 N_CELLS, N_GENES = 240, 300
-# Two silent genes, and a few so strong that they are alone in their bin of mean expression.
+# Two genes without counts, and three with so many that each is alone in its bin of mean expression.
 SILENT, STRONG = [20, 21], [50, 51, 52]
 
 
 def counts(seed=0):
-    """Two lines, four conditions, thirty cells each in random order; perturbations move a tenth of the genes."""
+    """Simulate two lines x four conditions x 30 cells in random order; a perturbation changes a tenth of the genes."""
     rng = np.random.default_rng(seed)
     rates = np.exp(rng.normal(-1, 1.5, N_GENES))
     rates[STRONG] = [60, 120, 250]
@@ -59,7 +59,7 @@ def counts(seed=0):
 
 @pytest.fixture
 def run(tmp_path):
-    """Write an AnnData, preprocess it and read the result."""
+    """A function that writes an AnnData, preprocesses the file and reads the result."""
 
     def run(adata, target="target.h5ad", **settings):
         adata.write_h5ad(tmp_path / "source.h5ad")
@@ -71,7 +71,7 @@ def run(tmp_path):
 
 
 def refused(run, adata, **settings):
-    """The one sentence that refuses ``adata``; nothing is left behind."""
+    """Return the error message for ``adata``."""
     with pytest.raises(InputError) as caught:
         run(adata, target="new/target.h5ad", **settings)
     assert "\n" not in str(caught.value)
@@ -79,7 +79,7 @@ def refused(run, adata, **settings):
 
 
 def logged(adata, target_sum=1e4):
-    """log1p of normalised counts of all genes, by scanpy in memory."""
+    """Return log1p of normalized counts of all genes, computed by scanpy in memory."""
     adata = adata.copy()
     adata.X = sp.csr_matrix(adata.X).toarray().astype(np.float64)
     sc.pp.normalize_total(adata, target_sum=target_sum)
@@ -88,7 +88,7 @@ def logged(adata, target_sum=1e4):
 
 
 def scanpy_de(adata, n_genes):
-    """Top genes by scanpy's t-test of every covariate group and perturbation."""
+    """Return the top genes of each covariate group and perturbation by scanpy's t-test."""
     top = {}
     for line, cells in logged(adata).obs.groupby("cell_type").groups.items():
         part = logged(adata)[cells].copy()
@@ -102,7 +102,7 @@ def scanpy_de(adata, n_genes):
 
 
 @pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, sp.csr_array, np.asarray])
-def test_expression_is_scanpys_over_all_genes_before_the_cut(run, layout, monkeypatch):
+def test_expression_equals_scanpy_over_all_genes_before_selection(run, layout, monkeypatch):
     monkeypatch.setattr(counts_module, "BLOCK_VALUES", 1000)
     monkeypatch.setattr(counts_module, "SLAB_VALUES", 9000)
     adata = counts()
@@ -125,7 +125,7 @@ def test_expression_is_scanpys_over_all_genes_before_the_cut(run, layout, monkey
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
-def test_types_of_counts_and_another_target_sum(run, dtype):
+def test_integer_and_float_counts_and_another_target_sum(run, dtype):
     adata = counts()
     adata.X = np.minimum(adata.X, 255)
     expected = logged(adata, target_sum=500)
@@ -134,7 +134,7 @@ def test_types_of_counts_and_another_target_sum(run, dtype):
     np.testing.assert_allclose(done.X.toarray(), expected[:, done.var_names].X, rtol=2e-6)
 
 
-def test_values_stored_in_two_parts_are_joined_before_the_logarithm(run):
+def test_duplicate_entries_are_summed_before_the_logarithm(run):
     adata = counts()
     plain = sp.csr_matrix(adata.X)
     expected = run(adata)
@@ -156,11 +156,11 @@ def test_stored_zeros_are_not_written(run):
 
 
 @pytest.mark.parametrize("n_top", [1, 60, 290, 299])
-def test_highly_variable_genes_are_scanpys(run, n_top):
+def test_highly_variable_genes_equal_scanpy(run, n_top):
     adata = counts()
     expected = logged(adata)
     with warnings.catch_warnings():
-        # 299 are asked for, 298 are not silent.
+        # 299 are requested, 298 have counts.
         warnings.simplefilter("ignore")
         sc.pp.highly_variable_genes(expected, flavor="seurat", n_top_genes=n_top)
     done = run(adata, n_top_genes=n_top)
@@ -169,23 +169,23 @@ def test_highly_variable_genes_are_scanpys(run, n_top):
     assert set(done.var_names[done.var["highly_variable"]]) == set(adata.var_names[chosen])
     for column in ("means", "dispersions", "dispersions_norm"):
         np.testing.assert_allclose(done.var[column], expected.var.loc[done.var_names, column], rtol=1e-4, atol=1e-6)
-    # The bin of a single gene is among what was compared.
+    # The comparison includes genes that are alone in their bin.
     alone = expected.var["dispersions_norm"] == 1
     assert alone[STRONG].sum() >= 2
 
 
-def test_differentially_expressed_genes_are_scanpys(run):
+def test_differentially_expressed_genes_equal_scanpy(run):
     adata = counts()
     top = scanpy_de(adata, 8)
     assert len(top) == 6
     done = run(adata, n_top_genes=0)
     assert set(done.var_names[done.var["de"]]) == set().union(*top.values())
-    # Both lines and both single perturbations are needed for this set.
+    # The set depends on both lines and both single perturbations.
     for missing in ("alpha", "beta", "G0", "G1"):
         assert set().union(*(names for key, names in top.items() if missing not in key)) != set().union(*top.values())
 
 
-def test_without_covariates_all_controls_serve_all_cells(run):
+def test_without_covariates_all_controls_are_pooled(run):
     adata = counts()
     pooled = adata.copy()
     pooled.obs["cell_type"] = "one"
@@ -198,9 +198,9 @@ def test_without_covariates_all_controls_serve_all_cells(run):
     assert list(numeric.var["de"]) == list(done.var["de"])
 
 
-def test_conditions_in_several_batches_give_the_same_genes(run, monkeypatch):
+def test_several_batches_of_conditions_choose_the_same_genes(run, monkeypatch):
     whole = run(counts())
-    # Room for both controls, the rest of the cells and two conditions of the six.
+    # Room for both controls, all other cells and two of the six conditions.
     monkeypatch.setattr(gene_choice, "ACCUMULATOR_BYTES", 16 * N_GENES * 5)
     sizes, batches = [], gene_choice.Conditions.batches
 
@@ -219,7 +219,7 @@ def test_conditions_in_several_batches_give_the_same_genes(run, monkeypatch):
 def test_perturbed_genes_are_kept(run):
     adata = counts()
     adata.obs["condition"] = adata.obs["condition"].replace({"G0+G1": "G7+absent"})
-    # A gene that happens to be called like the controls is not perturbed.
+    # A gene with the name of the controls is not perturbed.
     adata.var_names = [*adata.var_names[:-1], "control"]
     done = run(adata, n_top_genes=0, n_de_genes=0)
     assert list(done.var_names) == ["G0", "G1", "G7"]
@@ -229,20 +229,20 @@ def test_perturbed_genes_are_kept(run):
     assert list(whole.var_names) == ["G0", "G1"]
 
 
-def test_a_file_with_few_genes_keeps_all(run):
+def test_file_with_few_genes_keeps_all_of_them(run):
     done = run(counts(), n_top_genes=N_GENES)
     assert done.n_vars == N_GENES
     assert done.var["highly_variable"].all()
     assert 0 < done.var["de"].sum() < N_GENES
 
 
-def test_no_gene_to_keep(run):
+def test_choosing_no_gene_is_an_error(run):
     adata = counts()
     adata.obs["condition"] = adata.obs["condition"].replace({"G0": "A", "G1": "B", "G0+G1": "A+B"})
     assert "found no gene to keep with n_top_genes=0" in refused(run, adata, n_top_genes=0, n_de_genes=0)
 
 
-def test_the_record_and_what_else_is_kept(run):
+def test_settings_are_recorded_and_other_content_is_kept(run):
     adata = counts()
     adata.uns["paper"] = {"year": 2019}
     adata.obsm["embedding"] = np.arange(2.0 * N_CELLS).reshape(N_CELLS, 2)
@@ -251,7 +251,7 @@ def test_the_record_and_what_else_is_kept(run):
     assert done.uns["paper"]["year"] == 2019
     np.testing.assert_array_equal(done.obsm["embedding"], adata.obsm["embedding"])
     assert list(done.layers) == ["counts"]
-    # scanpy's own mark: it warns of data that would be logged twice.
+    # scanpy warns about data with this mark when it would be logged again.
     assert "log1p" in done.uns
     assert json.loads(done.uns["preprocess"]) == {
         "version": __version__,
@@ -272,7 +272,7 @@ def test_the_record_and_what_else_is_kept(run):
     }
 
 
-def test_the_result_passes_the_checks_of_a_training_file(run, tmp_path):
+def test_result_passes_the_checks_of_training_data(run, tmp_path):
     run(counts())
     backed = read_h5ad(tmp_path / "target.h5ad", backed=True)
     settings = {
@@ -286,7 +286,7 @@ def test_the_result_passes_the_checks_of_a_training_file(run, tmp_path):
     backed.file.close()
 
 
-def test_counts_in_a_layer(run):
+def test_counts_are_read_from_a_layer(run):
     adata = counts()
     expected = run(adata)
     adata.layers["raw"] = sp.csr_matrix(adata.X)
@@ -295,7 +295,7 @@ def test_counts_in_a_layer(run):
     assert (done.X != expected.X).nnz == 0
     said = refused(run, adata)
     assert re.search(r"source.h5ad, X, cell 'cell0', gene 'G\d+': found \d\.\d+, expected raw counts, whole", said)
-    assert said.endswith("it looks already normalised: give the layer of raw counts with --counts-layer.")
+    assert said.endswith("it looks already normalized: give the layer of raw counts with --counts-layer.")
     assert "layer 'counts': found only the layers 'raw', expected" in refused(run, adata, counts_layer="counts")
     del adata.layers["raw"]
     assert "layer 'raw': found no layers at all, expected raw counts" in refused(run, adata, counts_layer="raw")
@@ -307,14 +307,14 @@ def test_counts_in_a_layer(run):
 @pytest.mark.parametrize(
     ("value", "found", "mend"),
     [
-        (0.5, "0.5", "already normalised"),
-        (-1, "-1", "already normalised"),
+        (0.5, "0.5", "already normalized"),
+        (-1, "-1", "already normalized"),
         (np.nan, "nan", "drop such cells"),
         (np.inf, "inf", "drop such cells"),
         (3e9, "3e+09", "drop such cells"),
     ],
 )
-def test_values_that_no_counts_have(run, tmp_path, layout, value, found, mend, monkeypatch):
+def test_values_that_are_not_counts_are_errors(run, tmp_path, layout, value, found, mend, monkeypatch):
     monkeypatch.setattr(counts_module, "BLOCK_VALUES", 1000)
     adata = counts()
     adata.X[200, 5] = value
@@ -325,7 +325,7 @@ def test_values_that_no_counts_have(run, tmp_path, layout, value, found, mend, m
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_missing_columns_controls_and_names_that_occur_twice(run):
+def test_missing_columns_missing_controls_and_duplicate_names_are_errors(run):
     adata = counts()
     said = refused(run, adata, perturbation_key="conditoin")
     assert "obs column 'conditoin': found only the columns 'condition', 'cell_type'" in said
@@ -344,7 +344,7 @@ def test_missing_columns_controls_and_names_that_occur_twice(run):
 
 
 @pytest.mark.parametrize("n_controls", [0, 1])
-def test_a_covariate_group_without_controls_to_compare_is_skipped(run, n_controls):
+def test_covariate_group_without_enough_controls_is_skipped(run, n_controls):
     adata = counts()
     controls = adata.obs_names[(adata.obs["cell_type"] == "beta") & (adata.obs["condition"] == "control")]
     adata = adata[~adata.obs_names.isin(controls[n_controls:])].copy()
@@ -356,7 +356,7 @@ def test_a_covariate_group_without_controls_to_compare_is_skipped(run, n_control
     assert done.n_obs == adata.n_obs
 
 
-def test_a_condition_with_a_single_cell_has_no_scores(run):
+def test_condition_with_a_single_cell_has_no_scores(run):
     adata = counts()
     cells = adata.obs_names[(adata.obs["cell_type"] == "beta") & (adata.obs["condition"] == "G1")]
     adata = adata[~adata.obs_names.isin(cells[1:])].copy()
@@ -367,7 +367,7 @@ def test_a_condition_with_a_single_cell_has_no_scores(run):
     assert cells[0] in done.obs_names
 
 
-def test_cells_without_counts_stay_as_zeros(run):
+def test_cells_without_counts_are_kept_as_zeros(run):
     adata = counts()
     adata.X[[3, 239]] = 0
     with pytest.warns(UserWarning, match="source.h5ad, X: found no counts at all in 2 of 240 cells, expected counts"):
@@ -378,7 +378,7 @@ def test_cells_without_counts_stay_as_zeros(run):
     assert json.loads(done.uns["preprocess"])["cells_without_counts"] == 2
 
 
-def test_the_console_gets_progress_and_warnings(run):
+def test_console_shows_progress_and_warnings(run):
     adata = counts()
     adata.X[3] = 0
     console = Console(record=True, width=300, force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
@@ -392,7 +392,7 @@ def test_the_console_gets_progress_and_warnings(run):
     assert re.search(r"Writing .* 100%", shown)
 
 
-def test_settings_out_of_range(run, tmp_path):
+def test_settings_out_of_range_are_errors(run, tmp_path):
     assert "n_top_genes: found -1, expected 0 or more" in refused(run, counts(), n_top_genes=-1)
     assert "n_de_genes: found -2, expected 0 or more" in refused(run, counts(), n_de_genes=-2)
     for target_sum in (0, -1.0, np.nan, np.inf):
@@ -401,15 +401,15 @@ def test_settings_out_of_range(run, tmp_path):
         run(counts(), target=".")
 
 
-def test_source_and_target_must_be_two_files(run, tmp_path):
+def test_source_and_target_must_differ(run, tmp_path):
     (tmp_path / "link.h5ad").symlink_to(tmp_path / "source.h5ad")
     for target in ("source.h5ad", "link.h5ad"):
-        with pytest.raises(InputError, match="found one file as source and target, expected two"):
+        with pytest.raises(InputError, match="found the same file as source and target, expected two"):
             run(counts(), target=target)
     assert anndata.read_h5ad(tmp_path / "source.h5ad").shape == (N_CELLS, N_GENES)
 
 
-def test_a_source_that_cannot_be_read(tmp_path):
+def test_unreadable_source_is_an_error(tmp_path):
     (tmp_path / "text.h5ad").write_text("cell,gene\n")
     for name, found in (("absent.h5ad", "no such file"), ("text.h5ad", "a file that is not HDF5")):
         with pytest.raises(InputError, match=f"{name}: found {found}"):
@@ -417,30 +417,30 @@ def test_a_source_that_cannot_be_read(tmp_path):
     assert not (tmp_path / "target.h5ad").exists()
 
 
-def test_a_failure_while_writing_leaves_what_was_there(run, tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_earlier_file(run, tmp_path, monkeypatch):
     (tmp_path / "target.h5ad").write_text("earlier")
 
-    def interrupted(self, rows):
+    def interrupted(*arguments, **storage):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess_module._CsrWriter, "append", interrupted)
+    monkeypatch.setattr(preprocess_module, "append_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(counts())
     assert (tmp_path / "target.h5ad").read_text() == "earlier"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.h5ad", "target.h5ad"]
 
 
-def test_killed_while_writing_nothing_is_at_the_targets_name(run, tmp_path, monkeypatch):
-    append, calls = preprocess_module._CsrWriter.append, []
+def test_killed_process_leaves_no_file_under_the_target_name(run, tmp_path, monkeypatch):
+    append, calls = preprocess_module.append_rows, []
 
-    def killed(self, rows):
-        append(self, rows)
+    def killed(parent, name, rows, **storage):
+        append(parent, name, rows, **storage)
         calls.append(rows.shape)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(counts_module, "BLOCK_VALUES", 1000)
-    monkeypatch.setattr(preprocess_module._CsrWriter, "append", killed)
+    monkeypatch.setattr(preprocess_module, "append_rows", killed)
     process = multiprocessing.get_context("fork").Process(target=run, args=(counts(),))
     process.start()
     process.join()
@@ -462,7 +462,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, layout, monkeypatch):
     obs.index = [f"c{i}" for i in range(n_cells)]
     var = pd.DataFrame(index=[f"g{i}" for i in range(n_genes)])
     stored = values.toarray() if layout == "dense" else values.asformat(layout)
-    # A layer as large, which is not asked for.
+    # A layer of the same size that nobody reads.
     anndata.AnnData(stored, obs=obs, var=var, layers={"other": stored}).write_h5ad(tmp_path / "source.h5ad")
     size = values.data.nbytes + values.indices.nbytes
     del values, stored
