@@ -116,7 +116,7 @@ def test_expression_equals_scanpy_over_all_genes_before_selection(run, layout, m
     assert done.X.dtype == np.float32
     expected = logged(adata).X
     np.testing.assert_allclose(done.X.toarray(), expected[:, kept], rtol=2e-6)
-    # Normalising after the cut would have given something else.
+    # Normalizing after selection would give other values.
     assert not np.allclose(np.expm1(done.X.toarray()).sum(1), 1e4, rtol=0.01)
     assert done.layers["counts"].dtype == np.int32
     np.testing.assert_array_equal(done.layers["counts"].toarray(), raw[:, kept])
