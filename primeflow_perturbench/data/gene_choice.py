@@ -123,7 +123,7 @@ class _Moments:
         self._sums, self._squares = np.zeros((n_sets, n_genes)), np.zeros((n_sets, n_genes))
 
     def add(self, block: Block, values: np.ndarray, sets: np.ndarray) -> None:
-        """Add ``values``, which replace the stored counts of the block. ``sets`` is the set of each cell, (n_block,)."""
+        """Add ``values``, which replace the stored counts of the block. ``sets``: set of each cell, (n_block,)."""
         values = values.astype(np.float64)
         place = np.repeat(sets * self._sums.shape[1], np.diff(block.counts.indptr)) + block.counts.indices
         np.add.at(self._sums.reshape(-1), place, values)
