@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from primeflow_perturbench.conditions.table import Parts
 from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
+from primeflow_perturbench.labels import Parts
 from primeflow_perturbench.networks.condition_embedding import External, summed_rows
 from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
 
@@ -174,7 +174,7 @@ class ExternalRows:
         if new:
             table = torch.cat([table, self._conditions.standardised(rows_of(new, self._tables)).cpu()])
         columns = {**self._place, **{name: len(self._place) + i for i, name in enumerate(new)}}
-        pairs = [(row, columns[name]) for row, names in enumerate(parts) for name in sorted(set(names))]
+        pairs = [(row, columns[name]) for row, names in enumerate(parts) for name in names]
         row, column = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
         hot = torch.zeros(len(parts), len(columns))
         hot[row, column] = 1.0

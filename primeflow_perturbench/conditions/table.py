@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
+from primeflow_perturbench.labels import Parts, split_label
 
 if TYPE_CHECKING:
     from primeflow_perturbench.conditions.embedding_tables import ExternalRows
 
 N_CELLS = "n_cells"
-Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,8 @@ def encode_conditions(
 
 
 def split_parts(label: str, context: Mapping[str, Any]) -> Parts:
-    """Perturbations in a label, none for control; a part that is the control's name is left out."""
-    delimiter, control = context["perturbation_combination_delimiter"], context["perturbation_control_value"]
-    parts = label.split(delimiter) if delimiter and label != control else [label]
-    return tuple(part for part in parts if part != control)
+    """Perturbations that a label names in a model's training context; none for control."""
+    return split_label(label, context["perturbation_combination_delimiter"], context["perturbation_control_value"])
 
 
 def check_columns(table: pd.DataFrame, wanted: Sequence[str], where: str) -> None:
@@ -223,7 +221,7 @@ def check_distinct(obs: pd.DataFrame, parts: Sequence[Parts], key: str, where: s
     covariates = obs.drop(columns=key)
     seen: dict[tuple, int] = {}
     for row, (names, values) in enumerate(zip(parts, covariates.to_numpy(dtype=object), strict=True)):
-        condition = (frozenset(names), *values)
+        condition = (names, *values)
         if condition in seen:
             label = ", ".join(map(str, obs.iloc[row]))
             raise InputError(

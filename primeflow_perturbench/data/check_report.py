@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from primeflow_perturbench.data.checks import Finding
+from primeflow_perturbench.labels import split_label
 
 SAMPLE = 1000
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
@@ -74,10 +75,11 @@ def _perturbations(obs: pd.DataFrame, key: str, control: str, delimiter: str | N
         return "no such column"
     counts = obs[key].dropna().astype(str).value_counts()
     labels = [label for label in counts.index if label != control]
-    joined = [label for label in labels if delimiter and delimiter in label]
-    parts = {part for label in labels for part in (label.split(delimiter) if delimiter else [label])}
+    named = [split_label(label, delimiter, control) for label in labels]
+    n_combinations = sum(len(parts) > 1 for parts in named)
     return (
-        f"{len(parts):,} perturbations, {len(labels) - len(joined):,} alone, {len(joined):,} combinations; "
+        f"{len(set().union(*named)):,} perturbations, {len(labels) - n_combinations:,} alone, "
+        f"{n_combinations:,} combinations; "
         f"{counts.get(control, 0):,} controls"
     )
 

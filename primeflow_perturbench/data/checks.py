@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from primeflow_perturbench.errors import InputError, counted, first_line, quoted
+from primeflow_perturbench.labels import raw_parts
 
 # Values held in memory at once while a matrix is scanned: 32 MB of float64.
 CHUNK_VALUES = 2**22
@@ -181,7 +182,7 @@ def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str
     """Labels of perturbations that the delimiter or the control would take apart wrongly."""
     findings = []
     parts = {
-        label: label.split(delimiter) if delimiter else [label]
+        label: raw_parts(label, delimiter)
         for label in labels
         if label != control and label.strip()
     }
@@ -197,7 +198,7 @@ def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str
     mend = f"write the labels without a loose {delimiter!r}, or set perturbation_combination_delimiter"
     add("error", hollow, "with an empty part", f"a perturbation on both sides of {delimiter!r}", mend)
     beside = [label for label, names in parts.items() if len(names) > 1 and control in names]
-    mend = f"write 'A' where the label is 'A{delimiter}{control}', else {control!r} counts as a perturbation"
+    mend = f"write 'A' instead of 'A{delimiter}{control}': they are the same condition, but each label is scored alone"
     add("warning", beside, f"joining the control {control!r} to a perturbation", "perturbations only", mend)
     effective = {label: {n.strip() for n in names} - {"", control} for label, names in parts.items()}
     alone = set().union(*(names for names in effective.values() if len(names) == 1))

@@ -37,6 +37,7 @@ from primeflow_perturbench.data.gene_choice import Conditions, gene_statistics, 
 from primeflow_perturbench.data.sparse import append_rows
 from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.files import replacing
+from primeflow_perturbench.labels import split_label
 
 UNS_KEY = "preprocess"
 REASONS = ["highly_variable", "de", "perturbed"]
@@ -151,9 +152,8 @@ def preprocess(
 
 
 def perturbed_names(labels: pd.Series, control: str, delimiter: str | None) -> set[str]:
-    """Return the names of everything that is perturbed: the parts of all labels but the control."""
-    perturbed = set(labels.astype(str)) - {control}
-    return {part for label in perturbed for part in (label.split(delimiter) if delimiter else [label])}
+    """Return the names of all perturbations that the labels name."""
+    return {part for label in labels.astype(str).unique() for part in split_label(label, delimiter, control)}
 
 
 def _check_settings(source: Path, target: Path, n_top_genes: int, n_de_genes: int, target_sum: float) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.simulation.screen import UNS_KEY, Screen, log_normalise
 
 SEED = 0
@@ -122,7 +123,7 @@ def additive(cells: SplitCells, group: tuple, label: str, rng: np.random.Generat
     if cells.groups_with(label):
         shift = mean_shift(cells, group, label)
     else:
-        parts = label.split(cells.delimiter) if cells.delimiter else [label]
+        parts = split_label(label, cells.delimiter, cells.control)
         shift = np.sum([mean_shift(cells, group, part) for part in parts], axis=0)
     return np.maximum(control(cells, group, label, rng, n) + shift, 0)
 

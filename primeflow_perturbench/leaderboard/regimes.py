@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.leaderboard.collect import Run
 
 STRONG, WEAK = "strong effect", "weak effect"
@@ -50,11 +51,11 @@ def reference_distance(run: Run, name: str) -> pd.Series:
 
 
 def combinations(run: Run) -> set[str]:
-    """Conditions whose label holds the delimiter."""
-    delimiter = run.settings["data"]["data_iter_factory"].get("perturbation_combination_delimiter")
-    if not delimiter:
-        return set()
-    joined = run.scores["perturbation"].astype(str).str.contains(delimiter, regex=False)
+    """Conditions whose label names several perturbations."""
+    columns = run.settings["data"]["data_iter_factory"]
+    delimiter, control = columns.get("perturbation_combination_delimiter"), columns["perturbation_control_value"]
+    labels = run.scores["perturbation"].astype(str)
+    joined = [len(split_label(label, delimiter, control)) > 1 for label in labels]
     return set(run.scores.loc[joined, "cov_pert"])
 
 

@@ -162,7 +162,7 @@ def test_spaces_without_combinations():
 def test_a_part_that_is_the_control():
     said = only(relabelled(A="A+control"), "warning")
     assert "found 1 label joining the control 'control' to a perturbation, 'A+control'" in said
-    assert "write 'A' where the label is 'A+control'" in said
+    assert "write 'A' instead of 'A+control'" in said
 
 
 def test_a_delimiter_that_belongs_to_the_names():

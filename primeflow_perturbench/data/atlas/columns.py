@@ -11,6 +11,7 @@ from anndata.io import read_elem
 
 from primeflow_perturbench.data.atlas.manifest import AtlasFile, refusal
 from primeflow_perturbench.errors import quoted
+from primeflow_perturbench.labels import raw_parts
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
 
@@ -78,7 +79,7 @@ def conditions(obs: h5py.Group, entry: AtlasFile) -> pd.Categorical:
 def _unified(label: str, entry: AtlasFile, where: str) -> str:
     if label in entry.control:
         return CONTROL
-    parts = [part.strip() for part in (label.split(entry.delimiter) if entry.delimiter else [label])]
+    parts = [part.strip() for part in raw_parts(label, entry.delimiter)]
     if not all(parts):
         mend = "mend the label, or set delimiter: null where no label is a combination"
         expected = f"a perturbation on both sides of {entry.delimiter!r}"

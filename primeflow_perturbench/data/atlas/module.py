@@ -21,7 +21,7 @@ from primeflow_perturbench.data.atlas.sampling import (
     validation_cells,
 )
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.data.cells import Keys, split_label
+from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.perturbench.embedded.data.types import Batch
 from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER
 
@@ -52,11 +52,10 @@ class AtlasPerturbation(Dataset):
 
     def __init__(self, atlas: AtlasCells, covariates: Sequence[str], cells: np.ndarray):
         self.atlas, self.cells = atlas, cells
-        self.keys = Keys(perturbation=CONDITION, covariates=tuple(covariates), delimiter=DELIMITER, control=CONTROL)
         self.transform: Callable[[Batch], Batch] | None = None
         conditions = atlas.obs[CONDITION]
         # By the number of a label: an atlas has many more cells than labels.
-        self._parts = [split_label(label, self.keys) for label in conditions.cat.categories]
+        self._parts = [split_label(label, DELIMITER, CONTROL) for label in conditions.cat.categories]
         self._label_of = conditions.cat.codes.to_numpy()
         self._covariates = {name: coded(atlas.obs[name]) for name in covariates}
 
@@ -92,7 +91,7 @@ class AtlasPerturbation(Dataset):
         """What a model must know of these cells; vocabularies in the order that one h5ad file would give them."""
         cells_of_label = np.bincount(self._label_of[self.cells], minlength=len(self._parts))
         labels = sorted(self.atlas.obs[CONDITION].cat.categories[cells_of_label > 0])
-        uniques = list(dict.fromkeys(part for label in labels for part in split_label(label, self.keys)))
+        uniques = list(dict.fromkeys(part for label in labels for part in split_label(label, DELIMITER, CONTROL)))
         counts = dict.fromkeys(uniques, 0)
         for parts, n_cells in zip(self._parts, cells_of_label, strict=True):
             for part in parts if n_cells else ():
@@ -104,7 +103,7 @@ class AtlasPerturbation(Dataset):
                 for name, (values, labels) in self._covariates.items()
             },
             "perturbation_key": CONDITION,
-            "covariate_keys": list(self.keys.covariates),
+            "covariate_keys": list(self._covariates),
             "perturbation_combination_delimiter": DELIMITER,
             "perturbation_control_value": CONTROL,
             "perturbation_counts": counts,

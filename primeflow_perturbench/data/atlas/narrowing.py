@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import split_controls
 
 TRAIN, VAL, TEST, UNUSED = "train", "val", "test", "unused"
@@ -26,7 +27,7 @@ def canonical_labels(labels: pd.Series, control: str, delimiter: str | None) -> 
     none = {folded(control), ""}
 
     def canonical(label: object) -> str:
-        parts = str(label).split(delimiter) if delimiter and folded(label) not in none else [label]
+        parts = [label] if folded(label) in none else split_label(str(label), delimiter, control)
         return BETWEEN.join(sorted(set(map(folded, parts)) - none))
 
     return mapped(labels, canonical)

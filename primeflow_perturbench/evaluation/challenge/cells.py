@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.conditions.table import Parts, split_parts
+from primeflow_perturbench.conditions.table import split_parts
 from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.sampling.sampler import Block, unsigned_zeros
 
@@ -199,7 +199,7 @@ def target_columns(
         Training context, see the host's data set.
     """
     column = {str(gene): position for position, gene in enumerate(gene_names)}
-    parts: list[Parts] = [split_parts(str(label), context) for label in labels]
+    parts = [split_parts(str(label), context) for label in labels]
     strange = list(dict.fromkeys(name for names in parts for name in names if name not in column))
     return [[column[name] for name in names if name in column] for names in parts], strange
 
