@@ -119,14 +119,14 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(chosen: argparse.Namespace, console: Console) -> None:
-    from primeflow_perturbench.data.download.fetch import download, listing
+    from primeflow_perturbench.data.download import dataset_table, download
     from primeflow_perturbench.errors import InputError
 
     if chosen.list:
-        table, trouble = listing(chosen.folder, chosen.revision)
+        table, problem = dataset_table(chosen.folder, chosen.revision)
         console.print(table)
-        if trouble:
-            console.print(f"No sizes: {trouble}", highlight=False, markup=False, soft_wrap=True)
+        if problem:
+            console.print(f"No sizes: {problem}", highlight=False, markup=False, soft_wrap=True)
         return
     if not chosen.names:
         raise InputError("primeflow data download: found no name, expected data sets or all; --list shows them")
@@ -140,7 +140,7 @@ def _download(chosen: argparse.Namespace, console: Console) -> None:
             console=console,
         )
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command continues where it stopped.")
+        console.print("Interrupted. The same command downloads the files that are missing.")
         sys.exit(INTERRUPTED)
 
 

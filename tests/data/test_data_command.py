@@ -144,7 +144,7 @@ def test_download_fetches_and_says_so(hub, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{path} is there (5 bytes)\n"
     path.write_bytes(b"mine")
     assert call(monkeypatch, "download", "norman19") == 2
-    assert "does not record as it is" in capsys.readouterr().err
+    assert "does not record in this form" in capsys.readouterr().err
     assert call(monkeypatch, "download", "norman19", "--force") == 0
     assert path.read_bytes() == b"cells"
     assert call(monkeypatch, "download", "norman19", "--folder", tmp_path / "more", "--revision", "nowhere") == 2
@@ -163,9 +163,9 @@ def test_an_interrupted_download_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("primeflow_perturbench.data.download.fetch.download", interrupted)
+    monkeypatch.setattr("primeflow_perturbench.data.download.download", interrupted)
     assert call(monkeypatch, "download", "norman19") == 130
-    assert capsys.readouterr().out == "Interrupted. The same command continues where it stopped.\n"
+    assert capsys.readouterr().out == "Interrupted. The same command downloads the files that are missing.\n"
 
 
 def test_list_tells_sizes_and_what_is_here(hub, tmp_path, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_list_without_a_hub_has_no_sizes_and_says_why(hub, tmp_path, monkeypatch
     assert call(monkeypatch, "download", "--list", "--folder", tmp_path / "none") == 0
     said = rows(capsys.readouterr().out)
     assert said["norman19"].endswith("norman19_processed.h5ad ? no")
-    assert said["No"].startswith("sizes: http://127.0.0.1:9 cannot be reached (")
+    assert said["No"].startswith("sizes: altoslabs/perturbench cannot be downloaded from http://127.0.0.1:9 (")
     assert not (tmp_path / "none").exists()
 
 
