@@ -18,8 +18,8 @@ import scipy.sparse as sp
 from omegaconf import OmegaConf
 from sklearn.decomposition import PCA
 
+from primeflow_perturbench.evaluation.score import columns_of
 from primeflow_perturbench.training import resolvers
-from primeflow_perturbench.training.run import columns_of
 
 COLOURS = {"control": "#b9b9b9", "measured": "#1f77b4", "generated": "#e8702a"}
 

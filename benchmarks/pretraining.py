@@ -31,13 +31,13 @@ from primeflow_perturbench.data.atlas.cells import AtlasCells, open_atlas
 from primeflow_perturbench.data.atlas.narrowing import in_context, narrow
 from primeflow_perturbench.data.splits import read_context, write_split
 from primeflow_perturbench.evaluation.references import SplitCells, all_references, reference_cells
+from primeflow_perturbench.evaluation.score import pipelines_of, score_models
 from primeflow_perturbench.evaluation.table import COLUMNS
 from primeflow_perturbench.files import write_json
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv, write_split_csv
 from primeflow_perturbench.simulation.atlas import simulate_atlas
 from primeflow_perturbench.simulation.screen import Screen, log_normalise
 from primeflow_perturbench.training.provenance import commit, hardware, versions
-from primeflow_perturbench.training.run import pipelines_of, score_models
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ["mmd_none", "mmd_pca", "cosine_logfc", "top_k_recall_scores"]

@@ -72,7 +72,7 @@ def main() -> None:
         )
 
     def work() -> None:
-        from primeflow_perturbench.training.run import evaluate_files
+        from primeflow_perturbench.evaluation.score import evaluate_files
 
         evaluate_files(
             chosen.predicted,

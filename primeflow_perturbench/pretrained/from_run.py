@@ -9,7 +9,7 @@ import pandas as pd
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.model import PRiMeFlow
-from primeflow_perturbench.sampling.predict import config_beside, read_checkpoint
+from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint
 
 
 def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, license: str | None = None) -> None:

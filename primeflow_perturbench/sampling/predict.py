@@ -23,6 +23,7 @@ from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow, as_plain
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
+from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint, run_settings
 from primeflow_perturbench.pretrained.folder import build, read_shared
 from primeflow_perturbench.sampling.sampler import Block
 from primeflow_perturbench.sampling.writer import (
@@ -105,39 +106,6 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
 def say(console: Console, sentence: str) -> None:
     """Print a sentence that may hold a path, as it is."""
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its weights left on disk until they are read, or the folder of a shared model.
-
-    Raises
-    ------
-    InputError
-        If there is none, or it is no perturbation model's.
-    """
-    if path.is_dir():
-        shared = read_shared(path)
-        record = {"train_context": shared.arguments["context"]}
-        return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.learnt}
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}; give ckpt_path=PATH of a trained model")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        checkpoint["training_record"]["train_context"], checkpoint["hyper_parameters"]
-    except Exception as error:  # unpickling a foreign file can raise anything
-        raise InputError(f"{path} is not a checkpoint of a perturbation model, or is cut short") from error
-    return checkpoint
-
-
-def run_settings(checkpoint: Path) -> DictConfig:
-    """Settings of the run whose folder holds the checkpoint, none where there is no ``config.yaml``."""
-    config = config_beside(checkpoint)
-    return OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
-
-
-def config_beside(checkpoint: Path) -> Path:
-    """Where a run keeps its settings: the folder above its checkpoints."""
-    return checkpoint.resolve().parent.parent / "config.yaml"
 
 
 def output_of(cfg: DictConfig) -> Path:
