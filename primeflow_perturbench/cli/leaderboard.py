@@ -1,4 +1,4 @@
-"""``primeflow leaderboard``: tables, statistics, figures and a page of any number of finished runs."""
+"""``primeflow leaderboard``: tables, statistics, figures and one page of any number of finished runs."""
 
 import argparse
 
@@ -6,14 +6,14 @@ from primeflow_perturbench.cli.common import answering, make_console
 
 
 def parse() -> argparse.Namespace:
-    """Arguments of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="primeflow leaderboard",
         description="Collect finished runs of one data set and split into tables (CSV, Markdown, LaTeX), statistics, "
-        "figures and one page, report.html; the same command goes on where it stopped.",
+        "figures and one page, report.html. An interrupted command continues where it stopped.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold some")
-    parser.add_argument("--output", default="leaderboard", help="folder of the results (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders that contain runs")
+    parser.add_argument("--output", default="leaderboard", help="output folder (default: %(default)s)")
     parser.add_argument("--title", default="PRiMeFlow leaderboard", help="title of the page (default: %(default)s)")
     parser.add_argument("--baseline", metavar="LABEL", help="row to compare with (default: the best mean rank)")
     parser.add_argument(
@@ -21,14 +21,14 @@ def parse() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="data set whose published figures to show, norman19 or sciplex3 (default: by the name of the data file)",
+        help="show the published figures of a data set, norman19 or sciplex3 (default: by the name of the data file)",
     )
     parser.add_argument(
         "--figures",
         type=int,
         default=3,
         metavar="N",
-        help="conditions whose cells are drawn, from the best to the worst (default: %(default)s)",
+        help="draw the cells of N conditions, from the best to the worst (default: %(default)s)",
     )
     parser.add_argument("--no-figures", action="store_true", help="draw no figure at all")
     parser.add_argument("--conditions", nargs="+", default=[], metavar="LABEL", help="conditions to draw instead")
@@ -39,22 +39,22 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make what the command line asks for."""
-    chosen = parse()
+    """Run the command."""
+    arguments = parse()
     console = make_console()
 
     def work() -> None:
-        from primeflow_perturbench.leaderboard.report import Wishes, make_report
+        from primeflow_perturbench.leaderboard.page import ReportOptions, make_report
 
-        wishes = Wishes(
-            title=chosen.title,
-            baseline=chosen.baseline,
-            published=chosen.published,
-            figures=0 if chosen.no_figures else chosen.figures,
-            conditions=chosen.conditions,
-            models=chosen.models,
+        options = ReportOptions(
+            title=arguments.title,
+            baseline=arguments.baseline,
+            published=arguments.published,
+            figures=0 if arguments.no_figures else arguments.figures,
+            conditions=arguments.conditions,
+            models=arguments.models,
         )
-        page = make_report(chosen.runs, chosen.output, wishes, console)
+        page = make_report(arguments.runs, arguments.output, options, console)
         console.print(f"Tables and figures are beside the page, {page}", highlight=False, markup=False, soft_wrap=True)
 
     answering(work)

@@ -8,15 +8,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import yaml
 
+from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.evaluation.references import SplitCells
+from primeflow_perturbench.files import file_hash
 
 ENVIRONMENT, TRIAL, SETTINGS = "environment.json", "trial.json", "config.yaml"
 TABLE, SCORES = "table.csv", "per_condition.parquet"
+PREDICTED, SPLIT = "predicted.h5ad", "train_test_split.csv"
+# Group of the runs that belong to no sweep.
 RUNS = "runs"
-KEYS = ["cov_pert", "metric"]
+# What environment.json must hold: without it, a run cannot be compared with others.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "label": (),
+    "seed": (),
+    "data": ("file", "sha256", "cells", "genes"),
+    "split": ("sha256", "heldout", "train", "val", "test"),
+    "metrics": ("version", "pipelines"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,21 +41,23 @@ class Run:
     Attributes
     ----------
     folder
-        Where it is.
+        Its folder.
     group
-        Name of its sweep, or "runs".
+        Name of its sweep, or `RUNS`.
     label
-        Name of its row in a table; runs of one group and label differ in the seed alone.
+        Its row in a table. Runs of one group and label differ in the seed alone.
     seed
         Seed of the run.
     record
-        Content of environment.json, and of a sweep's trial.json as "trial".
+        Content of environment.json.
+    trial
+        Content of trial.json; empty for a run outside a sweep.
     settings
         Content of config.yaml.
     scores
-        A row a condition and metric: cov_pert, the covariates, perturbation, metric, value.
+        One row per condition and metric: cov_pert, the covariates, perturbation, metric, value.
     references
-        The same of the reference rows, and their name as ``model``.
+        The same for the reference rows, with their name in the column ``model``.
     """
 
     folder: Path
@@ -48,6 +65,7 @@ class Run:
     label: str
     seed: int
     record: dict[str, Any]
+    trial: dict[str, Any]
     settings: dict[str, Any]
     scores: pd.DataFrame
     references: pd.DataFrame
@@ -58,14 +76,19 @@ class Run:
         return self.scores.groupby("metric", sort=False)["value"].mean()
 
     @property
+    def columns(self) -> dict[str, Any]:
+        """Names of the obs columns and labels of the data file, see ``data.data_iter_factory``."""
+        return self.settings["data"]["data_iter_factory"]
+
+    @property
     def covariates(self) -> list[str]:
         """Names of the covariate columns."""
-        return [key for key in self.scores.columns if key not in {*KEYS, "perturbation", "value"}]
+        return list(self.columns.get("covariate_keys") or ())
 
 
 @dataclass(frozen=True)
-class Unusable:
-    """A run that is in no table, and one sentence that says why."""
+class Excluded:
+    """A run that stands in no table, and one sentence that says why."""
 
     folder: Path
     group: str
@@ -84,14 +107,14 @@ class Collection:
     failed
         Trials of sweeps that ended in an error.
     unfinished
-        Runs that were found without their results, or with results that cannot be used.
+        Runs without results, or whose files cannot be used.
     metrics
         Metric keys in the order of the evaluation.
     """
 
     runs: tuple[Run, ...]
-    failed: tuple[Unusable, ...]
-    unfinished: tuple[Unusable, ...]
+    failed: tuple[Excluded, ...]
+    unfinished: tuple[Excluded, ...]
     metrics: tuple[str, ...]
 
     @property
@@ -104,96 +127,96 @@ class Collection:
 
 
 def collect(paths: Iterable[str | Path]) -> Collection:
-    """Read the runs of folders, of which each is a run or holds runs at any depth.
+    """Read the runs in folders, each of which is a run or contains runs at any depth.
+
+    A run that is not finished or cannot be read is left out and listed under ``unfinished``, with the reason.
 
     Raises
     ------
     InputError
-        If a folder is missing or holds no finished run; if one that is itself a run is not finished, cannot be read or
-        has a metric that is no number; if runs differ in data, split, metrics or conditions (the odd one is named), or
-        two have the same group, label and seed.
+        If a path is not a folder; if no finished run is found; if runs differ in data, split, metrics or conditions
+        (the odd one is named); or if two runs have the same group, label and seed but different scores.
     """
-    runs, failed, unfinished = {}, [], []
-    for folder, outright in _folders(paths):
-        trial = _read_json(folder / TRIAL) if (folder / TRIAL).is_file() else {}
-        if trial.get("status") == "failed":
-            failed.append(_unusable(folder, trial, trial.get("error") or "no reason was recorded"))
-            continue
+    paths = [Path(path) for path in paths]
+    runs: dict[tuple[str, str, int], Run] = {}
+    failed, unfinished = [], []
+    for folder in _find_runs(paths):
+        trial: dict[str, Any] = {}
         try:
-            settings = _read_settings(folder)
-            if not settings.get("test", True):
+            if (folder / TRIAL).is_file():
+                trial = _read_json(folder / TRIAL)
+            if trial.get("status") == "failed":
+                failed.append(_exclude(folder, trial, trial.get("error") or "no reason was recorded"))
                 continue
-            run = _read_run(folder, trial, settings)
+            run = _read_run(folder, trial)
         except InputError as error:
-            if outright:
-                raise
-            unfinished.append(_unusable(folder, trial, str(error)))
+            unfinished.append(_exclude(folder, trial, str(error)))
             continue
-        twin = runs.setdefault((run.group, run.label, run.seed), run)
-        if twin is not run and not twin.scores.equals(run.scores):
+        if run is None:
+            continue
+        other = runs.setdefault((run.group, run.label, run.seed), run)
+        if other is not run and not other.scores.equals(run.scores):
             raise InputError(
-                f"{twin.folder} and {folder} are both {run.label!r} of {run.group} with seed {run.seed} but scored "
-                "differently: take one away, or run it again with +label=NAME or another seed"
+                f"{other.folder} and {folder} are both {run.label!r} of {run.group} with seed {run.seed} but have "
+                "different scores; remove one, or repeat it with label=NAME or another seed"
             )
     if not runs:
-        raise InputError(_nothing(list(paths), failed, unfinished))
-    chosen = [runs[key] for key in sorted(runs, key=_order)]
+        raise InputError(_explain_empty(paths, failed, unfinished))
+    # Plain runs and leaderboards come before ablations.
+    order = sorted(runs, key=lambda key: (key[0] != RUNS, not key[0].startswith("leaderboard"), *key))
+    chosen = [runs[key] for key in order]
     check_comparable(chosen)
     return Collection(tuple(chosen), tuple(failed), tuple(unfinished), tuple(chosen[0].means.index))
 
 
-def _order(key: tuple[str, str, int]) -> tuple:
-    """Plain runs and leaderboards before ablations."""
-    group, label, seed = key
-    return group != RUNS, not group.startswith("leaderboard"), group, label, seed
-
-
-def _nothing(paths: Sequence[str | Path], failed: list[Unusable], unfinished: list[Unusable]) -> str:
-    where = ", ".join(map(str, paths)) or "no folder"
-    if failed or unfinished:
-        first = (unfinished or failed)[0]
-        return (
-            f"{where}: found no finished run but {len(unfinished)} unfinished and {len(failed)} failed, the first "
-            f"because {first.reason}"
-        )
-    return f"{where}: found no run, expected folders with {ENVIRONMENT}, {TABLE} and {SCORES}; name those of your runs"
-
-
-def _folders(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
-    """Folders of runs, each once, and whether it was named outright."""
-    found: dict[Path, tuple[Path, bool]] = {}
-    for path in map(Path, paths):
+def _find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Folders of runs, each once."""
+    found: dict[Path, Path] = {}
+    for path in paths:
         if not path.is_dir():
             raise InputError(f"{path}: found {'a file' if path.exists() else 'nothing'}, expected a folder of runs")
-        for folder in _search(path):
-            key = folder.resolve()
-            found[key] = (folder, folder == path or found.get(key, (folder, False))[1])
+        for parent, subfolders, files in os.walk(path):
+            if not {ENVIRONMENT, TRIAL, TABLE, SCORES}.isdisjoint(files):
+                found.setdefault(Path(parent).resolve(), Path(parent))
+                subfolders.clear()
+            subfolders.sort()
     return list(found.values())
 
 
-def _search(path: Path) -> list[Path]:
-    folders = []
-    for here, inner, files in os.walk(path):
-        if not {ENVIRONMENT, TRIAL, TABLE, SCORES}.isdisjoint(files):
-            folders.append(Path(here))
-            inner.clear()
-        inner.sort()
-    return folders
+def _explain_empty(paths: Sequence[Path], failed: list[Excluded], unfinished: list[Excluded]) -> str:
+    names = ", ".join(map(str, paths)) or "no folder"
+    if failed or unfinished:
+        return (
+            f"{names}: found no finished run, but {len(unfinished)} unfinished and {len(failed)} failed; the first: "
+            f"{(unfinished or failed)[0].reason}"
+        )
+    return f"{names}: found no run; a run is a folder with {ENVIRONMENT}, {TABLE} and {SCORES}"
 
 
-def _unusable(folder: Path, trial: dict[str, Any], reason: str) -> Unusable:
-    return Unusable(folder, trial.get("sweep") or RUNS, trial.get("label") or folder.name, reason)
+def _exclude(folder: Path, trial: dict[str, Any], reason: str) -> Excluded:
+    return Excluded(folder, str(trial.get("sweep") or RUNS), str(trial.get("label") or folder.name), reason)
 
 
-def _read_run(folder: Path, trial: dict[str, Any], settings: dict[str, Any]) -> Run:
+def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
+    """The run of a folder, or ``None`` for one that only trained; `InputError` if a file is missing or unusable."""
+    settings = _read_settings(folder / SETTINGS)
+    if not settings.get("test", True):
+        return None
     for name in (TABLE, SCORES):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} lacks {name}: the run is not finished, the same command goes on with it")
+            raise InputError(f"{folder} lacks {name}: the run is not finished; the same command continues it")
     record = _read_json(folder / ENVIRONMENT)
-    for key in ("label", "seed", "data", "split", "metrics"):
-        if record.get(key) is None:
-            raise InputError(f"{folder / ENVIRONMENT} has no {key!r}: test the run again with this version")
-    scores = _read_scores(folder / SCORES, _covariate_keys(folder, settings))
+    for key, parts in REQUIRED.items():
+        missing = [
+            f"{key}.{part}" for part in parts if not isinstance(record.get(key), dict) or part not in record[key]
+        ]
+        if record.get(key) is None or missing:
+            raise InputError(f"{folder / ENVIRONMENT} lacks {missing[0] if missing else key}: test the run again")
+    seed = trial.get("seed", record["seed"])
+    if not isinstance(seed, int):
+        raise InputError(f"{folder}: found {seed!r} as the seed, expected a whole number; test the run again")
+    covariates = settings["data"]["data_iter_factory"].get("covariate_keys") or ()
+    scores = _read_scores(folder / SCORES, covariates)
     names = [name for name in scores["model"].unique() if name not in (settings.get("references") or ())]
     if len(names) != 1:
         found = ", ".join(map(repr, names)) or "none"
@@ -202,48 +225,45 @@ def _read_run(folder: Path, trial: dict[str, Any], settings: dict[str, Any]) -> 
     _check_scores(scores[own], folder / SCORES)
     return Run(
         folder=folder,
-        group=trial.get("sweep") or RUNS,
+        group=str(trial.get("sweep") or RUNS),
         label=str(trial.get("label") or record["label"]),
-        seed=int(trial.get("seed", record["seed"])),
-        record={**record, "trial": trial},
+        seed=seed,
+        record=record,
+        trial=trial,
         settings=settings,
         scores=scores[own].drop(columns="model").reset_index(drop=True),
         references=scores[~own].reset_index(drop=True),
     )
 
 
-def _read(path: Path, reader: Callable[[Path], Any], what: str) -> Any:
-    """The content of a file; whatever the reader stumbles over, the person gets one sentence."""
+def _read(path: Path, reader: Callable[[Path], Any], kind: str) -> Any:
+    """Content of a file, with any error of its parser as an `InputError` in one line."""
     if not path.is_file():
-        raise InputError(f"{path.parent} lacks {path.name}: the run is not whole, run it again")
+        raise InputError(f"{path.parent} lacks {path.name}: the run is incomplete; repeat it")
     try:
         return reader(path)
-    except Exception as error:  # parsers of three formats raise what they like
+    except Exception as error:  # the parsers of three formats raise errors of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: found content that is no {what} ({reason}), run it again") from error
+        raise InputError(f"{path}: expected {kind}, but it cannot be read ({reason}); repeat the run") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _mapping(path, _read(path, lambda file: json.loads(file.read_text()), "JSON"))
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    path = folder / SETTINGS
-    return _mapping(path, _read(path, lambda file: yaml.load(file.read_text(), Loader=loader), "YAML"))
-
-
-def _mapping(path: Path, content: Any) -> dict[str, Any]:
+def _check_mapping(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}, expected names and values; run it again")
+        raise InputError(f"{path}: found {type(content).__name__}, expected names and values; repeat the run")
     return content
 
 
-def _covariate_keys(folder: Path, settings: dict[str, Any]) -> Sequence[str]:
-    try:
-        return settings["data"]["data_iter_factory"].get("covariate_keys") or ()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / SETTINGS} has no data.data_iter_factory: run it again") from error
+def _read_json(path: Path) -> dict[str, Any]:
+    return _check_mapping(path, _read(path, lambda file: json.loads(file.read_text()), "JSON"))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    settings = _check_mapping(path, _read(path, lambda file: yaml.load(file.read_text(), Loader=loader), "YAML"))
+    data = settings.get("data")
+    if not (isinstance(data, dict) and isinstance(data.get("data_iter_factory"), dict)):
+        raise InputError(f"{path} lacks data.data_iter_factory; repeat the run")
+    return settings
 
 
 def _read_scores(path: Path, covariates: Sequence[str]) -> pd.DataFrame:
@@ -251,83 +271,161 @@ def _read_scores(path: Path, covariates: Sequence[str]) -> pd.DataFrame:
     columns = ["cov_pert", *covariates, "perturbation", "model", "metric", "value"]
     missing = [column for column in columns if column not in scores]
     if missing:
-        raise InputError(f"{path} lacks the column {', '.join(map(repr, missing))}: test the run again")
+        raise InputError(f"{path} lacks the column {', '.join(map(repr, missing))}; test the run again")
     return scores[columns]
 
 
+def _read_split(path: Path) -> pd.Series:
+    table = pd.read_csv(path, header=None, names=["cell", "split"], dtype=str, keep_default_na=False)
+    return table.set_index("cell")["split"]
+
+
 def _check_scores(scores: pd.DataFrame, path: Path) -> None:
-    """One number for every condition and metric."""
+    """Require one finite number for every condition and metric."""
     bad = scores[~pd.to_numeric(scores["value"], errors="coerce").abs().lt(float("inf"))]
     if len(bad):
-        first = bad.iloc[0]
+        first, more = bad.iloc[0], f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise InputError(
-            f"{path}: found {first['value']} as {first['metric']} of {first['cov_pert']}"
-            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}, expected numbers; run it again"
+            f"{path}: found {first['value']} as {first['metric']} of {first['cov_pert']}{more}, expected finite "
+            "numbers; repeat the run"
         )
-    twice = scores[scores.duplicated(KEYS)]
+    twice = scores[scores.duplicated(["cov_pert", "metric"])]
     if len(twice):
         first = twice.iloc[0]
-        raise InputError(
-            f"{path}: found {first['metric']} of {first['cov_pert']} twice, expected it once; test it again"
-        )
+        raise InputError(f"{path}: found {first['metric']} of {first['cov_pert']} twice; test the run again")
     sizes = scores.groupby("metric", sort=False)["cov_pert"].nunique()
     if sizes.nunique() > 1:
         raise InputError(
             f"{path}: found {sizes.min()} conditions of {sizes.idxmin()} but {sizes.max()} of {sizes.idxmax()}, "
-            "expected the same; test it again"
+            "expected the same; test the run again"
         )
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raise `InputError` that names the odd run, if not all share data, split, metrics and conditions.
+    """Raise `InputError` that names the odd run unless all share data, split, metrics and conditions.
 
-    A sweep may turn settings of the data, such as how many cells are trained on: its trials need the same held-out
-    cells alone.
+    The trials of a sweep over training cells, such as their number, need to share the held-out cells alone.
     """
-    _check_same(runs, "the data file", lambda run: run.record["data"]["sha256"], _data)
-    _check_same(runs, "the held-out cells", lambda run: run.record["split"].get("heldout"), _split)
-    fixed = [run for run in runs if not turns_data(run)]
-    _check_same(fixed, "the split", lambda run: run.record["split"]["sha256"], _split)
+
+    def data(run: Run) -> str:
+        return f"{run.record['data']['file']} {run.record['data']['sha256'][:12]}"
+
+    def split(run: Run) -> str:
+        found = run.record["split"]
+        sizes = ", ".join(f"{found[name]} {name}" for name in ("train", "val", "test"))
+        return f"{found['sha256'][:12]} ({sizes})"
+
+    def conditions(run: Run) -> str:
+        names = sorted(run.scores["cov_pert"].unique())
+        return f"{len(names)} from {names[0]} to {names[-1]}"
+
+    fixed = [run for run in runs if not _varies_training_cells(run)]
+    _check_same(runs, "the data file", lambda run: run.record["data"]["sha256"], data)
+    _check_same(runs, "the held-out cells", lambda run: run.record["split"]["heldout"], split)
+    _check_same(fixed, "the split", lambda run: run.record["split"]["sha256"], split)
     _check_same(runs, "the version of the metrics", lambda run: run.record["metrics"]["version"])
     _check_same(runs, "the evaluation pipelines", lambda run: run.record["metrics"]["pipelines"])
-    _check_same(runs, "the conditions", lambda run: frozenset(run.scores["cov_pert"]), _conditions)
+    _check_same(runs, "the conditions", lambda run: frozenset(run.scores["cov_pert"]), conditions)
 
 
-def turns_data(run: Run) -> bool:
-    """Whether the run is a trial of a sweep that turns which cells are trained on."""
-    overrides = run.record.get("trial", {}).get("overrides") or {}
+def _varies_training_cells(run: Run) -> bool:
+    overrides = run.trial.get("overrides") or {}
     return any(key.lstrip("+~").startswith("data.splitter.") for key in overrides)
 
 
-def _data(run: Run) -> str:
-    return f"{run.record['data']['file']} {run.record['data']['sha256'][:12]}"
-
-
-def _split(run: Run) -> str:
-    split = run.record["split"]
-    sizes = ", ".join(f"{split[name]} {name}" for name in ("train", "val", "test") if name in split)
-    return f"{split['sha256'][:12]} ({sizes})"
-
-
-def _conditions(run: Run) -> str:
-    names = sorted(run.scores["cov_pert"].unique())
-    return f"{len(names)} from {names[0]} to {names[-1]}"
-
-
 def _check_same(
-    runs: Sequence[Run], what: str, value: Callable[[Run], Hashable], said: Callable[[Run], str] | None = None
+    runs: Sequence[Run], what: str, value: Callable[[Run], Hashable], describe: Callable[[Run], str] | None = None
 ) -> None:
-    """Raise if a value differs; the odd runs are the fewest, and ``said`` shows a run's value where it is no word."""
+    """Raise if a value differs between runs, naming a run of the rarest value."""
     by_value: dict[Hashable, list[Run]] = {}
     for run in runs:
         by_value.setdefault(value(run), []).append(run)
     if len(by_value) < 2:
         return
     sides = sorted(by_value.values(), key=len, reverse=True)
-    most, odd, said = sides[0], sides[-1], said or (lambda run: str(value(run))[:12])
+    most, odd, describe = sides[0], sides[-1], describe or (lambda run: str(value(run))[:12])
     several = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
     others = f"the {len(most)} runs like {most[0].folder}" if len(most) > len(odd) else str(most[0].folder)
     raise InputError(
-        f"{odd[0].folder}{several} differs from {others} in {what}: found {said(odd[0])}, expected {said(most[0])}; "
-        "collect them apart, or run it again like the others"
+        f"{odd[0].folder}{several} differs from {others} in {what}: found {describe(odd[0])}, expected "
+        f"{describe(most[0])}; collect them separately, or repeat it like the others"
     )
+
+
+@dataclass(frozen=True)
+class ConditionCells:
+    """Cells of one condition as log1p expression, matrices (n, G) float32.
+
+    Attributes
+    ----------
+    control, observed
+        Measured cells of the test split.
+    predicted
+        Generated cells.
+    genes
+        The G gene names.
+    """
+
+    control: np.ndarray
+    observed: np.ndarray
+    predicted: np.ndarray
+    genes: Sequence[str]
+
+    def kinds(self) -> dict[str, np.ndarray]:
+        """The three matrices by name, in the order in which they are drawn."""
+        return {"control": self.control, "observed": self.observed, "predicted": self.predicted}
+
+
+@dataclass(frozen=True)
+class RunCells:
+    """Predicted and observed cells of a run.
+
+    Raises
+    ------
+    InputError
+        When cells are read and the data file is missing or is not the one that the run read.
+    """
+
+    run: Run
+
+    @cached_property
+    def predicted_hash(self) -> str:
+        """SHA-256 of the file of predicted cells."""
+        return file_hash(self.run.folder / PREDICTED)
+
+    @cached_property
+    def predicted(self) -> ad.AnnData:
+        """Predicted cells of all conditions."""
+        return read_h5ad(self.run.folder / PREDICTED)
+
+    @cached_property
+    def observed(self) -> SplitCells:
+        """The screen, with the genes in the order of the predicted cells."""
+        path, columns = Path(self.run.settings["data"]["data"]["filename"]), self.run.columns
+        if not path.is_file():
+            raise InputError(f"{path}, the data file of {self.run.folder}, does not exist; restore it to draw cells")
+        if file_hash(path) != self.run.record["data"]["sha256"]:
+            raise InputError(f"{path} has changed since {self.run.folder} read it; restore the old file to draw cells")
+        adata = read_h5ad(path)
+        split = _read(self.run.folder / SPLIT, _read_split, "a CSV of cell and split")
+        return SplitCells(
+            adata=adata[:, self.predicted.var_names].copy(),
+            split=split,
+            perturbation_key=columns["perturbation_key"],
+            covariate_keys=tuple(self.run.covariates),
+            control=columns["perturbation_control_value"],
+            delimiter=columns.get("perturbation_combination_delimiter"),
+        )
+
+    def of(self, condition: str) -> ConditionCells:
+        """Cells of a condition, given as ``cov_pert``."""
+        row = self.run.scores[self.run.scores["cov_pert"] == condition].iloc[0].astype(str)
+        group, label = tuple(row[key] for key in self.run.covariates), row["perturbation"]
+        cells, obs = self.observed, self.predicted.obs.astype(str)
+        chosen = (obs[cells.perturbation_key] == label).to_numpy()
+        for key, value in zip(self.run.covariates, group, strict=True):
+            chosen &= (obs[key] == value).to_numpy()
+        x = self.predicted.X[np.flatnonzero(chosen)]
+        control, observed = (cells.dense(cells.rows(["test"], group, name)) for name in (cells.control, label))
+        predicted = np.asarray(x.toarray() if sp.issparse(x) else x, dtype=np.float32)
+        return ConditionCells(control, observed, predicted, list(self.predicted.var_names))

@@ -1,79 +1,147 @@
-"""One HTML file that needs nothing else: tables that sort and filter, figures that zoom, light and dark.
+"""One HTML file with the results of many runs: tables that sort and filter, figures that zoom, light and dark.
 
-The page knows nothing of runs or metrics. Styles, script and figures are inside the file, no address is fetched, and
-the tables are plain HTML that the script only adds to, so that they can be read and printed without it.
+Styles, script and figures are inside the file and nothing is fetched. The tables are plain HTML that the script only
+adds to, so that they can be read and printed without it.
 """
-
-from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import itertools
 import math
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
+from typing import Any, ClassVar
 
+import jinja2
+import pandas as pd
+from rich.console import Console
+
+from primeflow_perturbench.errors import InputError, quoted
+from primeflow_perturbench.evaluation.references import REFERENCES
+from primeflow_perturbench.evaluation.table import CAPTION, CEILING, heading
 from primeflow_perturbench.files import replacing
+from primeflow_perturbench.leaderboard import figures
+from primeflow_perturbench.leaderboard.collect import PREDICTED, RUNS, Collection, Run, RunCells, collect
+from primeflow_perturbench.leaderboard.regimes import MEANING, covariate_groups, regimes
+from primeflow_perturbench.leaderboard.tables import (
+    BOLD_NOTE,
+    MISSING,
+    MODEL,
+    PublishedRow,
+    ResultTable,
+    comparison_table,
+    higher_is_better,
+    per_condition,
+    published_rows,
+    reference_scores,
+    result_table,
+    rich_table,
+    run_scores,
+    write_csv,
+    write_tables,
+)
 
-# Rows that a long table shows before its button is pressed; also the least number that gets a filter.
-FOLD = 25
-FILTER = 8
+PAGE = "report.html"
+# Rows that a long table shows until its button is pressed, and rows from which a table gets a filter.
+FOLD, FILTER = 25, 8
+# A table by condition with more rows is left to its CSV file.
+LONGEST = 2000
+
+HOW_TO_READ = (
+    "A row is a model or a setting, a column a metric with an arrow towards better. "
+    + CAPTION.removesuffix(" Means over conditions; best in bold, the ceiling aside."),
+    f"{BOLD_NOTE} The standard deviation over seeds follows ±.",
+    "Reference rows: control cells (nothing happens), perturbed training cells of any perturbation (training mean), "
+    "control cells shifted by the effects that training saw (additive), and replicates of the observed cells "
+    "(ceiling). A model that does not beat the first three has learned little; none can be expected to beat the last. "
+    "Published rows were computed by others on their data and splits: they are for orientation and never compete.",
+)
+STATISTICS = (
+    "Each row against a baseline: the one asked for, otherwise the model with the best mean rank. Values are averaged "
+    "over seeds. Difference: mean over conditions, positive if the row is better, with a 95 % bootstrap interval over "
+    "conditions. p: paired Wilcoxon signed-rank test, Holm-corrected over the rows of a metric. Effect: rank-biserial "
+    "correlation. Noise: the difference that seeds alone exceed once in 20 times. A difference within the noise is not "
+    "called one, and with one seed the noise is unknown."
+)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A column of a table; a note below the table shows ``help``."""
 
-    A press on its heading sorts it, the better end first: descending where ``higher_is_better`` is True, ascending
-    where it is False; otherwise numbers descend and names ascend.
-    """
-
-    key: str
-    """What the rows call it."""
     title: str
     numeric: bool = False
     higher_is_better: bool | None = None
     help: str = ""
-    """A sentence for the notes below the table."""
+
+    @property
+    def first(self) -> str:
+        """Order after the first press on the heading: the better end first, otherwise large numbers or early names."""
+        descending = self.numeric if self.higher_is_better is None else self.higher_is_better
+        return "descending" if descending else "ascending"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table: what is shown, and the number it sorts by. NaN and None sort last either way."""
+    """A cell of a table: its text, and the number that it sorts by. None and NaN sort last in both directions."""
 
     text: str
     value: float | None = None
     bold: bool = False
     muted: bool = False
 
+    def sort_value(self, column: Column) -> str | None:
+        """Number for the script; "" sorts last, and ``None`` sorts by the text."""
+        if self.value is None:
+            return "" if column.numeric else None
+        value = float(self.value)
+        return "" if math.isnan(value) else repr(value).replace("inf", "Infinity")
+
 
 @dataclass(frozen=True)
 class TableBlock:
-    """A table. Rows give cells by the keys of the columns; a key that a row lacks is shown as a dash."""
+    """A table. Every row has one cell per column."""
 
+    kind: ClassVar = "table"
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Mapping[str, Cell]]
+    rows: Sequence[Sequence[Cell]]
+
+    def __post_init__(self):
+        if odd := [len(row) for row in self.rows if len(row) != len(self.columns)]:
+            raise ValueError(f"table {self.caption!r}: a row has {odd[0]} cells, expected {len(self.columns)}")
 
 
 @dataclass(frozen=True)
 class FigureBlock:
-    """A figure, an SVG or a PNG; ``alt`` says in words what it shows. Neighbouring figures stand side by side."""
+    """A figure; ``alt`` states in words what it shows."""
 
+    kind: ClassVar = "figure"
     title: str
     alt: str
     svg_or_png: bytes
     caption: str = ""
+
+    @property
+    def address(self) -> str:
+        """The image as a data URL."""
+        if self.svg_or_png.startswith(b"\x89PNG\r\n\x1a\n"):
+            media = "image/png"
+        elif b"<svg" in self.svg_or_png[:1000]:
+            media = "image/svg+xml"
+        else:
+            raise ValueError(f"figure {self.title!r}: expected an SVG or a PNG")
+        return f"data:{media};base64,{base64.b64encode(self.svg_or_png).decode()}"
 
 
 @dataclass(frozen=True)
 class TextBlock:
     """Paragraphs of plain text."""
 
+    kind: ClassVar = "text"
     paragraphs: Sequence[str]
 
 
@@ -82,7 +150,7 @@ Block = TableBlock | FigureBlock | TextBlock
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with its line in the contents; ``anchor`` is its name in the page's address."""
+    """A section of the page, listed in its contents; ``anchor`` is its id, without white space."""
 
     anchor: str
     title: str
@@ -91,152 +159,485 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page as HTML.
-
-    Raises
-    ------
-    ValueError
-        If two sections share an anchor or one holds white space, two columns of a table share a key, a row has a
-        cell of no column, or a figure is neither SVG nor PNG.
-    """
-    anchors = [section.anchor for section in sections]
-    if len(set(anchors)) < len(anchors) or not all(anchor and anchor.split() == [anchor] for anchor in anchors):
-        raise ValueError(f"found the anchors {anchors}, expected each once and without white space.")
-    script = _asset("page.js")
-    return string.Template(_asset("page.html")).substitute(
-        title=html.escape(title),
-        subtitle=html.escape(subtitle),
-        style=_asset("page.css"),
-        beyond=FOLD + 1,
+    """The page as HTML."""
+    folder = resources.files("primeflow_perturbench.leaderboard") / "assets"
+    page, style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(page).render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        style=style,
         script=script,
-        # Only the page's own script may run, whatever a name holds, and nothing may be fetched.
+        # The browser runs no other script, whatever a name contains.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        contents="\n".join(
-            f'<li><a href="#{html.escape(section.anchor)}">{html.escape(section.title)}</a></li>'
-            for section in sections
-        ),
-        sections="\n".join(_section(section) for section in sections),
+        fold=FOLD,
+        filter=FILTER,
+        zip=zip,
     )
 
 
 def write_page(path: str | Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
-    """Write the page of `render` to a file, whole or not at all."""
+    """Write the page of `render`, atomically."""
     page = render(title, subtitle, sections)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _asset(name: str) -> str:
-    return resources.files("primeflow_perturbench.leaderboard").joinpath("assets", name).read_text(encoding="utf-8")
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of a report.
+
+    Attributes
+    ----------
+    title
+        Title of the page.
+    baseline
+        Label that the others are compared with; ``None`` for the model with the best mean rank.
+    published
+        Data sets whose published figures are shown; if empty, chosen by the name of the data file.
+    figures
+        Number of conditions whose cells are drawn, from the best to the worst; 0 draws no figure at all.
+    conditions
+        Conditions to draw instead.
+    models
+        Labels whose cells are drawn; if empty, the first row of the first table.
+    """
+
+    title: str = "PRiMeFlow leaderboard"
+    baseline: str | None = None
+    published: Sequence[str] = ()
+    figures: int = 3
+    conditions: Sequence[str] = ()
+    models: Sequence[str] = ()
 
 
-def _section(section: Section) -> str:
-    """A section; each run of figures in it becomes one grid."""
-    parts = []
-    for figures, blocks in itertools.groupby(section.blocks, lambda block: isinstance(block, FigureBlock)):
-        if figures:
-            parts.append(f'<div class="figures">\n{"".join(_figure(block) for block in blocks)}</div>')
-        else:
-            parts += [_table(block) if isinstance(block, TableBlock) else _text(block.paragraphs) for block in blocks]
-    anchor = html.escape(section.anchor)
-    intro = f'<p class="intro">{html.escape(section.intro)}</p>\n' if section.intro else ""
-    head = f'<section id="{anchor}" aria-labelledby="{anchor}-title">\n<h2 id="{anchor}-title">'
-    return f"{head}{html.escape(section.title)}</h2>\n{intro}" + "\n".join(parts) + "\n</section>"
+@dataclass(frozen=True)
+class Group:
+    """The runs of one group with their tables; ``stem`` names its files, anchors and nothing else."""
+
+    name: str
+    stem: str
+    runs: Sequence[Run]
+    scores: pd.DataFrame
+    table: ResultTable
+    comparison: pd.DataFrame
+    by_covariate: ResultTable
+    by_regime: ResultTable | None
+
+    @property
+    def title(self) -> str:
+        """Heading of its results."""
+        return "Results" if self.name == RUNS else self.name
 
 
-def _text(paragraphs: Sequence[str]) -> str:
-    return "\n".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs)
+def make_report(paths: Iterable[str | Path], output: str | Path, options: ReportOptions, console: Console) -> Path:
+    """Collect runs, print their tables, and write tables, figures and the page under ``output``.
+
+    Figures that exist already are not drawn again.
+
+    Returns
+    -------
+    Path of the page.
+
+    Raises
+    ------
+    InputError
+        If the runs cannot be collected (see `collect`), or an option names an unknown baseline, condition, model or
+        published data set.
+    """
+    output = Path(output)
+    collection = collect(paths)
+    for run in collection.unfinished:
+        console.print("[yellow]warning:[/yellow] left out:", end=" ")
+        console.print(run.reason, highlight=False, markup=False, soft_wrap=True)
+    references = reference_scores(collection.runs)
+    data = collection.runs[0].record["data"]
+    published = published_rows(options.published, data["file"])
+    check_options(options, collection, references)
+    groups = []
+    for number, (name, runs) in enumerate(collection.groups.items(), 1):
+        stem = figures.slug(name) if len(collection.groups) == 1 else f"{number:02d}-{figures.slug(name)}"
+        group = make_group(name, stem, runs, collection.metrics, references, published, options.baseline)
+        write_group(group, output / "tables", references)
+        console.print(rich_table(group.table, group.title))
+        groups.append(group)
+    drawings = output / "figures" if options.figures else None
+    sections = [
+        overview_section(collection, references),
+        *(results_section(group, drawings) for group in groups),
+        statistics_section(groups),
+        conditions_section(groups, references),
+        *([cells_section(groups, drawings, options, console)] if drawings else []),
+        runs_section(collection),
+    ]
+    subtitle = f"{len(collection.runs)} runs on {data['file']}: {data['cells']:,} cells, {data['genes']:,} genes"
+    write_page(output / PAGE, options.title, subtitle, sections)
+    return output / PAGE
 
 
-def _figure(figure: FigureBlock) -> str:
-    image = f'<img src="{_data_address(figure)}" alt="{html.escape(figure.alt)}">'
-    caption = f"<span>{html.escape(figure.caption)}</span>" if figure.caption else ""
-    return f"<figure>{image}<figcaption><b>{html.escape(figure.title)}</b>{caption}</figcaption></figure>\n"
+def check_options(options: ReportOptions, collection: Collection, references: pd.DataFrame) -> None:
+    """Raise `InputError` for a baseline, model or condition that no run has."""
+    if options.figures < 0:
+        raise InputError(f"--figures {options.figures}: found a negative number, expected 0 or more")
+    labels = list(dict.fromkeys(run.label for run in collection.runs))
+    rows = labels + [name for name in references["label"].unique() if name != CEILING]
+    known = {
+        "--baseline": (rows, [options.baseline] if options.baseline else []),
+        "--models": (labels, options.models),
+        "--conditions": (collection.runs[0].scores["cov_pert"].unique().tolist(), options.conditions),
+    }
+    for option, (names, asked) in known.items():
+        for name in asked:
+            if name not in names:
+                raise InputError(f"{option} {name}: no run has this name, expected one of {quoted(names)}")
 
 
-def _data_address(figure: FigureBlock) -> str:
-    """The image as an address that holds it."""
-    if figure.svg_or_png.startswith(b"\x89PNG\r\n\x1a\n"):
-        kind = "image/png"
-    elif b"<svg" in figure.svg_or_png[:1000]:
-        kind = "image/svg+xml"
+def make_group(
+    name: str,
+    stem: str,
+    runs: Sequence[Run],
+    metrics: Sequence[str],
+    references: pd.DataFrame,
+    published: Sequence[PublishedRow],
+    baseline: str | None,
+) -> Group:
+    """Tables and statistics of a group's runs."""
+    scores, parts = run_scores(runs), regimes(runs[0])
+    table = result_table(scores, references, metrics, published)
+    known = {*scores["label"], *references["label"]}
+    return Group(
+        name=name,
+        stem=stem,
+        runs=runs,
+        scores=scores,
+        table=table,
+        comparison=comparison_table(scores, references, baseline if baseline in known else table.best_label),
+        by_covariate=result_table(scores, references, metrics, parts=covariate_groups(runs[0])),
+        by_regime=result_table(scores, references, metrics, parts=parts) if len(parts) else None,
+    )
+
+
+def write_group(group: Group, folder: Path, references: pd.DataFrame) -> None:
+    """Write the tables of a group as CSV, Markdown and LaTeX, and the long ones as CSV alone."""
+    write_tables(folder / group.stem, group.table)
+    write_tables(folder / f"{group.stem}_by_covariate", group.by_covariate)
+    if group.by_regime is not None:
+        write_tables(folder / f"{group.stem}_by_regime", group.by_regime)
+    write_csv(folder / f"{group.stem}_statistics.csv", group.comparison)
+    write_csv(folder / f"{group.stem}_per_condition.csv", per_condition(group.scores, references))
+
+
+def overview_section(collection: Collection, references: pd.DataFrame) -> Section:
+    """What was compared, and how to read it."""
+    missing = [name for name in REFERENCES if name not in set(references["label"])]
+    hint = f"No run has the reference rows {', '.join(missing)}: run one with references=[{','.join(REFERENCES)}]."
+    text = TextBlock([*HOW_TO_READ, *([hint] if missing else [])])
+    return Section("overview", "What was compared", [facts_table(collection), text])
+
+
+def facts_table(collection: Collection) -> TableBlock:
+    """What the runs have in common, and the machines and versions that they ran on."""
+    records = [run.record for run in collection.runs]
+    data, split, metrics = (records[0][key] for key in ("data", "split", "metrics"))
+    splits = {record["split"]["sha256"] for record in records}
+    labels = {(run.group, run.label) for run in collection.runs}
+    seeds = sorted({run.seed for run in collection.runs})
+    sizes = ", ".join(f"{split[name]:,} {name}" for name in ("train", "val", "test"))
+    facts = {
+        "runs": f"{len(records)} finished, {len(collection.failed)} failed, {len(collection.unfinished)} unfinished",
+        "groups": ", ".join(collection.groups),
+        "models": f"{len(labels)} labels, seeds "
+        + (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 3 else ", ".join(map(str, seeds))),
+        "data": f"{data['file']}, {data['cells']:,} cells, {data['genes']:,} genes, SHA-256 {data['sha256']}",
+        "held-out conditions": str(collection.runs[0].scores["cov_pert"].nunique()),
+        "split": f"{sizes} cells, SHA-256 {split['sha256']}"
+        if len(splits) == 1
+        else f"{sizes} cells in the first run, {len(splits)} splits in all",
+        "metrics": f"version {metrics['version']}: {', '.join(collection.metrics)}",
+        "benchmark": _distinct(record.get("backend") for record in records),
+        "hardware": _distinct(map(_hardware, records)),
+        "versions": _distinct(
+            ", ".join(f"{name} {version}" for name, version in _mapping(record, "versions").items())
+            for record in records
+        ),
+        "commit": _distinct(record.get("commit") for record in records),
+    }
+    rows = [[Cell(name), Cell(text)] for name, text in facts.items()]
+    return TableBlock("Runs, data and machines", [Column("what"), Column("value")], rows)
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An optional part of a record."""
+    found = record.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _hardware(record: Mapping[str, Any]) -> str:
+    found = _mapping(record, "hardware")
+    processor = f"{found.get('cpu', 'unknown processor')}, {found.get('cores', '?')} cores"
+    return f"{found['gpu']}; {processor}" if "gpu" in found else processor
+
+
+def _distinct(values: Iterable[str | None]) -> str:
+    """The distinct values, the most frequent first."""
+    counts = pd.Series([str(value) for value in values if value], dtype=object).value_counts()
+    if len(counts) < 2:
+        return counts.index[0] if len(counts) else "unknown"
+    return "; ".join(f"{value} ({count} runs)" for value, count in counts.items())
+
+
+def results_section(group: Group, drawings: Path | None) -> Section:
+    """The table of a group, and the figures of its scores if there is a folder for them."""
+    table = group.table
+    bold = [f"{labels[0]} on {heading(metric)[0]}" for metric, labels in table.bold.items() if labels]
+    if bold:
+        intro = f"Better than all other models: {', '.join(bold)}."
     else:
-        raise ValueError(f"figure {figure.title!r}: found neither an SVG nor a PNG.")
-    return f"data:{kind};base64,{base64.b64encode(figure.svg_or_png).decode()}"
+        several = (table.keys["seeds"][table.keys["kind"] == MODEL] > 1).any()
+        intro = "No model is shown to be better than all others" + (
+            "." if several else "; with one seed each, none can be."
+        )
+    caption = f"{group.title}: models by mean rank, references and published figures"
+    blocks = [result_block(table, caption), *(score_figures(group, drawings) if drawings else [])]
+    return Section(f"results-{group.stem}", group.title, blocks, intro)
 
 
-def _table(table: TableBlock) -> str:
-    keys = [column.key for column in table.columns]
-    strange = {key for row in table.rows for key in row} - set(keys)
-    if len(set(keys)) < len(keys) or strange:
-        raise ValueError(f"table {table.caption!r}: found cells {sorted(strange)} of no column among {keys}.")
-    caption = html.escape(table.caption)
-    if not table.rows:
-        return f'<div class="table"><p class="caption">{caption}</p><p class="muted">No rows.</p></div>'
-    head = "".join(_heading(column) for column in table.columns)
-    body = "\n".join(_row(row, table.columns) for row in table.rows)
-    tools = _tools(table)
-    return (
-        f'<div class="table" data-fold="{FOLD}">\n{tools}'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">\n'
-        f"<table>\n<caption><span>{caption}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-        f"\n</div>\n{_fold(len(table.rows))}{_notes(table.columns)}</div>"
+def result_block(table: ResultTable, caption: str) -> TableBlock:
+    """A result table, with reference and published rows muted."""
+    parts = [Column("conditions")] if table.has_parts else []
+    metrics = [metric_column(metric) for metric in table.mean]
+    columns = [Column("model"), *parts, Column("kind"), Column("seeds", numeric=True), *metrics]
+    texts, best = ({metric: of(metric) for metric in table.mean} for of in (table.texts, table.best))
+    rows = []
+    for row, (name, seeds, key) in enumerate(zip(table.names, table.seeds, table.keys.itertuples(), strict=True)):
+        muted = key.kind != MODEL
+        cells = [Cell(name, muted=muted), *([Cell(key.part)] if parts else []), Cell(key.kind, muted=True)]
+        cells.append(Cell(seeds or MISSING, float(seeds) if seeds else None, muted=True))
+        for metric in table.mean:
+            value = float(table.mean[metric].iloc[row])
+            cells.append(Cell(texts[metric][row], value, bold=best[metric][row], muted=muted))
+        rows.append(cells)
+    return TableBlock(caption, columns, rows)
+
+
+def metric_column(metric: str) -> Column:
+    """Column of a metric."""
+    title, higher = heading(metric)
+    return Column(title, numeric=True, higher_is_better=higher, help=f"PerturBench's {metric}")
+
+
+def number_cell(value: Any, digits: int = 3) -> Cell:
+    """Cell of a number, or a dash for anything else."""
+    if not isinstance(value, int | float) or math.isnan(value):
+        return Cell(MISSING, muted=True)
+    return Cell(f"{value:,.{digits}f}", float(value))
+
+
+def score_figures(group: Group, folder: Path) -> list[FigureBlock]:
+    """Heat map of ranks, and quality by guidance and by network evaluations where the runs differ in these."""
+    found = []
+    ranks = group.table.ranks
+    if len(ranks) > 1:
+        draw = partial(figures.rank_heat_map, ranks)
+        found.append(figure_block(folder, f"{group.title}: ranks", [ranks.to_csv()], draw))
+    runs = run_table(group.runs)
+    for model, rows in runs.groupby("label", sort=False):
+        if rows["w"].nunique() > 1 and {"mmd_none", "top_k_recall_scores"} <= set(rows):
+            curve = rows[["w", "seed", "mmd_none", "top_k_recall_scores"]].dropna()
+            name = f"{group.title}, {model}" if model != group.title else model
+            draw = partial(figures.guidance_curve, curve)
+            found.append(figure_block(folder, f"{name}: guidance", [curve.to_csv()], draw))
+    metric = group.table.mean.columns[0]
+    cost = cost_table(runs, metric)
+    if len(cost):
+        draw = partial(figures.evaluations_curve, cost, metric)
+        found.append(figure_block(folder, f"{group.title}: quality against cost", [cost.to_csv()], draw))
+    return found
+
+
+def figure_block(folder: Path, name: str, inputs: Sequence[str], draw: Any) -> FigureBlock:
+    """Block of a figure of `figures.draw_once`."""
+    image, alt = figures.draw_once(folder, name, inputs, draw)
+    return FigureBlock(name, alt, image)
+
+
+def run_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per run: label of its model, seed, guidance ``w``, network evaluations per cell and means of metrics."""
+    rows = [
+        {
+            "label": str(run.record["label"]),
+            "seed": run.seed,
+            "w": _mapping(run.settings, "model").get("guidance"),
+            "evaluations": run.record.get("evaluations"),
+            **run.means,
+        }
+        for run in runs
+    ]
+    return pd.DataFrame(rows).astype({"w": float, "evaluations": float})
+
+
+def cost_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Label, seed, network evaluations and a metric of the runs whose guidance was tried at several costs."""
+    table = runs.dropna(subset=["evaluations", metric])
+    table = table[table.groupby("w")["evaluations"].transform("nunique") > 1]
+    if table["w"].nunique() > 1:
+        table = table.assign(label=table["label"] + [f", w = {w:g}" for w in table["w"]])
+    return table[["label", "seed", "evaluations", metric]]
+
+
+def statistics_section(groups: Sequence[Group]) -> Section:
+    """Every row of a group against its baseline."""
+    columns = [
+        Column("model"),
+        Column("metric"),
+        Column("mean", numeric=True),
+        Column("baseline", numeric=True),
+        Column("difference", numeric=True, help="positive if the row is better than the baseline"),
+        Column("95 % interval", numeric=True, help="of the difference, over conditions"),
+        Column("p (Holm)", numeric=True, higher_is_better=False),
+        Column("effect", numeric=True, help="rank-biserial correlation, from -1 to 1"),
+        Column("seed noise", numeric=True, help="difference that seeds alone exceed once in 20 times"),
+        Column("verdict"),
+    ]
+    tables = []
+    for group in groups:
+        rows = [
+            [
+                Cell(row["label"]),
+                Cell(heading(row["metric"])[0]),
+                number_cell(row["mean"]),
+                number_cell(row["baseline_mean"]),
+                Cell(f"{row['difference']:+.3f}", row["difference"]),
+                Cell(f"{row['low']:+.3f} to {row['high']:+.3f}", row["low"]),
+                Cell(f"{row['p_holm']:.2g}", row["p_holm"]),
+                number_cell(row["effect"]),
+                number_cell(row["noise"]),
+                Cell(row["verdict"]),
+            ]
+            for row in group.comparison.to_dict("records")
+        ]
+        if rows:
+            baseline = group.comparison["baseline"].iloc[0]
+            tables.append(TableBlock(f"{group.title}: against {baseline}", columns, rows))
+    return Section("statistics", "Statistics", tables, STATISTICS)
+
+
+def conditions_section(groups: Sequence[Group], references: pd.DataFrame) -> Section:
+    """Tables by regime, by covariate group and, if short, by condition."""
+    blocks: list[Block] = []
+    for group in groups:
+        if group.by_regime is not None:
+            blocks.append(result_block(group.by_regime, f"{group.title}: by regime"))
+        if group.by_covariate.keys["part"].nunique() > 1:
+            blocks.append(result_block(group.by_covariate, f"{group.title}: by covariate group"))
+        table = per_condition(group.scores, references)
+        if len(table) > LONGEST:
+            path = f"tables/{group.stem}_per_condition.csv"
+            blocks.append(TextBlock([f"{group.title}: {len(table):,} rows by condition are in {path}."]))
+            continue
+        metrics = list(table.columns[2:])
+        columns = [Column("condition"), Column("model"), *map(metric_column, metrics)]
+        rows = [
+            [Cell(condition), Cell(label), *map(number_cell, values)]
+            for condition, label, *values in table.itertuples(index=False)
+        ]
+        blocks.append(TableBlock(f"{group.title}: by condition", columns, rows))
+    intro = "; ".join(f"{name}: {meaning}" for name, meaning in MEANING.items())
+    return Section(
+        "conditions", "Regimes and conditions", blocks, f"{intro}. With few conditions each, nothing is bold."
     )
 
 
-def _tools(table: TableBlock) -> str:
-    """The filter, for a table long enough to want one."""
-    if len(table.rows) < FILTER:
-        return ""
-    label = html.escape(f"Filter: {table.caption}")
-    box = f'<input type="search" placeholder="Filter rows" aria-label="{label}" autocomplete="off" spellcheck="false">'
-    return f'<div class="tools">{box}<span class="count" role="status"></span></div>\n'
+def cells_section(groups: Sequence[Group], folder: Path, options: ReportOptions, console: Console) -> Section:
+    """Predicted and observed cells of the chosen models and conditions."""
+    blocks: list[Block] = []
+    models = options.models or [groups[0].table.best_label]
+    for group in groups if options.models else groups[:1]:
+        for label in models:
+            run = next((run for run in group.runs if run.label == label), None)
+            if run is not None:
+                blocks += cell_blocks(run, folder, options, console)
+    note = "One seed. Observed and control cells are those of the test split; the PCA is fitted on these alone."
+    return Section("cells", "Cells", blocks, note)
 
 
-def _fold(rows: int) -> str:
-    return '<button type="button" class="fold" aria-expanded="false"></button>\n' if rows > FOLD else ""
+def cell_blocks(run: Run, folder: Path, options: ReportOptions, console: Console) -> list[Block]:
+    """Figures of a run's cells, or a text that says why they cannot be drawn."""
+    if not (run.folder / PREDICTED).is_file():
+        return [TextBlock([f"{run.label}: {run.folder} has no {PREDICTED}, so its cells are not shown."])]
+    metric = run.scores["metric"].iloc[0]
+    values = run.scores[run.scores["metric"] == metric].set_index("cov_pert")["value"]
+    conditions = options.conditions or choose_conditions(values, higher_is_better(metric), options.figures)
+    cells, blocks = RunCells(run), []
+    # Cells are read only for figures that are not drawn yet, and once for all figures of a condition.
+    read = lru_cache(maxsize=1)(cells.of)
+    for condition in conditions:
+        console.print(f"Drawing {run.label}, {condition}", highlight=False, markup=False)
+        inputs = [cells.predicted_hash, run.record["data"]["sha256"], run.record["split"]["sha256"], condition]
+        drawn: list[Block] = []
+        try:
+            for kind in figures.CELL_FIGURES:
+                draw = partial(lambda kind, condition: figures.draw_cells(kind, read(condition)), kind, condition)
+                drawn.append(figure_block(folder, f"{run.label}, {condition}: {kind}", inputs, draw))
+        except InputError as error:
+            return [*blocks, TextBlock([f"{run.label}: {error}."])]
+        text = f"{run.label}, seed {run.seed}, {condition}: {metric} {values[condition]:.3f}"
+        blocks += [TextBlock([text]), *drawn]
+    return blocks
 
 
-def _notes(columns: Sequence[Column]) -> str:
-    """What the columns mean, below the table and out of the way."""
-    notes = "".join(
-        f"<dt>{html.escape(column.title)}</dt><dd>{html.escape(column.help)}</dd>" for column in columns if column.help
+def choose_conditions(values: pd.Series, higher_is_better: bool, n: int) -> list[str]:
+    """At most n conditions, evenly spaced from the best to the worst; the median one if n is 1.
+
+    Parameters
+    ----------
+    values
+        Score by condition.
+    higher_is_better
+        Direction of the scores.
+    n
+        Number of conditions.
+    """
+    ordered = values.sort_values(ascending=not higher_is_better, kind="stable").index
+    last = len(ordered) - 1
+    places = [last // 2] if n == 1 else [int(i * last / (n - 1)) for i in range(n)]
+    return list(dict.fromkeys(ordered[place] for place in places))
+
+
+def runs_section(collection: Collection) -> Section:
+    """Cost of the finished runs, and the runs that stand in no table."""
+    columns = [
+        Column("model"),
+        Column("group"),
+        Column("seed", numeric=True),
+        Column("steps", numeric=True),
+        Column("seconds", numeric=True),
+        Column("memory, GiB", numeric=True, help="peak memory of the process"),
+        Column("evaluations", numeric=True, help="network evaluations per generated cell"),
+        Column("folder"),
+    ]
+    rows = [
+        [
+            Cell(run.label),
+            Cell(run.group),
+            number_cell(run.seed, 0),
+            number_cell(run.record.get("steps"), 0),
+            number_cell(run.record.get("seconds"), 0),
+            number_cell(_mapping(run.record, "peak_memory").get("host_gib"), 1),
+            number_cell(run.record.get("evaluations"), 0),
+            Cell(str(run.folder)),
+        ]
+        for run in collection.runs
+    ]
+    excluded = itertools.chain(
+        (("failed", run) for run in collection.failed), (("unfinished", run) for run in collection.unfinished)
     )
-    return f"<details><summary>About the columns</summary><dl>{notes}</dl></details>\n" if notes else ""
-
-
-def _heading(column: Column) -> str:
-    better = {True: "higher", False: "lower", None: ""}[column.higher_is_better]
-    arrow = {True: "↑", False: "↓", None: ""}[column.higher_is_better]
-    mark = f'<span class="better" aria-hidden="true">{arrow}</span><span class="unseen">, {better} is better</span>'
-    first = "descending" if column.higher_is_better or (column.numeric and not better) else "ascending"
-    kind = ' class="number"' if column.numeric else ""
-    tip = f' title="{html.escape(column.help)}"' if column.help else ""
-    return f'<th scope="col"{kind} data-first="{first}"{tip}>{html.escape(column.title)}{mark if better else ""}</th>'
-
-
-def _row(row: Mapping[str, Cell], columns: Sequence[Column]) -> str:
-    first, *others = columns
-    cells = [_cell(row.get(first.key), first, "th", ' scope="row"')]
-    cells += [_cell(row.get(column.key), column, "td") for column in others]
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _cell(cell: Cell | None, column: Column, tag: str, attributes: str = "") -> str:
-    cell = cell or Cell("–", muted=True)
-    kinds = [name for name, on in (("number", column.numeric), ("muted", cell.muted)) if on]
-    text = html.escape(cell.text)
-    attributes += f' class="{" ".join(kinds)}"' if kinds else ""
-    attributes += _sort_value(cell, column)
-    return f"<{tag}{attributes}>{f'<b>{text}</b>' if cell.bold else text}</{tag}>"
-
-
-def _sort_value(cell: Cell, column: Column) -> str:
-    """The number a cell sorts by; an empty one in a numeric column sorts last, in another its text counts."""
-    if cell.value is None:
-        return ' data-value=""' if column.numeric else ""
-    value = float(cell.value)
-    if math.isnan(value):
-        return ' data-value=""'
-    # What JavaScript calls infinity.
-    return f' data-value="{repr(value).replace("inf", "Infinity")}"'
+    others = [[Cell(x) for x in (run.label, run.group, state, str(run.folder), run.reason)] for state, run in excluded]
+    columns_of_others = [Column(title) for title in ("model", "group", "state", "folder", "reason")]
+    blocks: list[Block] = [TableBlock("Finished runs and their cost", columns, rows)]
+    if others:
+        blocks.append(TableBlock("Runs in no table", columns_of_others, others))
+    else:
+        blocks.append(TextBlock(["No run failed and none is unfinished."]))
+    return Section("runs", "Runs", blocks)

@@ -16,7 +16,7 @@ HASHES = {"data": "d" * 64, "split": "5" * 64, "heldout": "7" * 64, "pipelines":
 
 
 def scores(model, offset=0.0, seed=0, spread=0.0, conditions=CONDITIONS):
-    """Value i / 10 of condition i, plus the offset, plus noise of the seed that all conditions share."""
+    """Scores i / 10 of condition i, plus the offset, plus noise of the seed that all conditions share."""
     noise = spread * np.random.default_rng(seed).normal()
     rows = [
         (f"{line}_{label}", line, label, model, metric, i / 10 + offset + noise)
@@ -27,7 +27,7 @@ def scores(model, offset=0.0, seed=0, spread=0.0, conditions=CONDITIONS):
 
 
 def settings(references=REFERENCES, filename="screen.h5ad", guidance=1.0):
-    """What config.yaml of a run holds, as far as a table needs it."""
+    """Content of a run's config.yaml, as far as the leaderboard reads it."""
     columns = {
         "perturbation_key": "condition",
         "covariate_keys": ["cell_type"],
@@ -43,7 +43,7 @@ def settings(references=REFERENCES, filename="screen.h5ad", guidance=1.0):
 
 
 def record(label, seed, file="screen.h5ad", **changed):
-    """What environment.json of a run holds."""
+    """Content of a run's environment.json."""
     hashes = HASHES | changed
     return {
         "backend": "primeflow_perturbench.perturbench.embedded",
@@ -63,7 +63,7 @@ def record(label, seed, file="screen.h5ad", **changed):
 
 
 def write_run(folder, label="model", seed=0, table=None, references=REFERENCES, trial=None, config=None, **changed):
-    """Write a run; ``table`` are the scores of its model, ``changed`` goes into its record."""
+    """Write a run. ``table`` has the scores of its model; ``changed`` goes into its record."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = scores("PRiMeFlow", seed=seed, spread=0.01) if table is None else table

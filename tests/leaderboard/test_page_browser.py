@@ -1,12 +1,13 @@
-"""The page as a reader meets it, in headless Chromium at the widths of a phone and of a desk."""
+"""The page in headless Chromium, at the widths of a phone and of a desktop."""
 
+import io
 import math
 import shutil
 
 import pytest
 from matplotlib.figure import Figure
 
-from primeflow_perturbench.leaderboard.figures import as_png, as_svg
+from primeflow_perturbench.leaderboard.figures import as_svg
 from primeflow_perturbench.leaderboard.page import FOLD, Cell, Column, FigureBlock, Section, TableBlock, TextBlock
 from primeflow_perturbench.leaderboard.page import write_page as write
 
@@ -33,15 +34,21 @@ def drawing(width):
     return figure
 
 
+def as_png(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=50)
+    return file.getvalue()
+
+
 def a_page():
     scores = [
-        {"model": Cell(m), "score": Cell("–" if s is None else str(s), s, bold=m == "model2")}
+        [Cell(m), Cell("–" if s is None else str(s), s, bold=m == "model2")]
         for m, s in zip(MODELS, SCORES, strict=True)
     ]
-    wide = [Column("model", NASTY), *(Column(str(i), f"metric {i}", numeric=True) for i in range(30))]
-    wide_row = {"model": Cell(NASTY), **{str(i): Cell(f"{i}.000 ± 0.001", i) for i in range(30)}}
-    long = [{"run": Cell(f"run {i}"), "cost": Cell(str(997 * i % 300), 997 * i % 300)} for i in range(300)]
-    better = [Column("model", "Model"), Column("score", "Score", True, False, "An energy distance.")]
+    wide = [Column(NASTY), *(Column(f"metric {i}", numeric=True) for i in range(30))]
+    wide_row = [Cell(NASTY), *(Cell(f"{i}.000 ± 0.001", i) for i in range(30))]
+    long = [[Cell(f"run {i}"), Cell(str(997 * i % 300), 997 * i % 300)] for i in range(300)]
+    better = [Column("Model"), Column("Score", True, False, "An energy distance.")]
     return [
         Section(
             "tables",
@@ -49,7 +56,7 @@ def a_page():
             [
                 TableBlock("Scores", better, scores),
                 TableBlock("Wide", wide, [wide_row]),
-                TableBlock("Long", [Column("run", "Run"), Column("cost", "Cost", True)], long),
+                TableBlock("Long", [Column("Run"), Column("Cost", True)], long),
             ],
             intro=NASTY,
         ),
@@ -58,7 +65,7 @@ def a_page():
             "Figures",
             [
                 FigureBlock("Vector", "A line from 0 to 1.", as_svg(drawing(3)), "As SVG."),
-                FigureBlock("Pixels", "The same line.", as_png(drawing(4), 50)),
+                FigureBlock("Pixels", "The same line.", as_png(drawing(4))),
                 TextBlock(["A" * 300]),
             ],
         ),
@@ -88,7 +95,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, fresh, 1440 pixels wide, in a light system."""
+    """The page, freshly loaded, 1440 pixels wide, under a light system theme."""
     emulate(browser)
     browser.get(address)
     browser.execute_script("localStorage.clear()")
@@ -98,7 +105,7 @@ def page(browser, address):
 
 
 def emulate(browser, width=1440, media="", scheme="light"):
-    # A click must not chase a page that still scrolls.
+    # Without smooth scrolling, so that a click does not miss its target.
     features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -118,7 +125,7 @@ def table(browser, number):
 
 
 def first_column(block):
-    """Names of the rows that can be seen, in order."""
+    """Names of the visible rows, in order."""
     script = "return [...arguments[0].querySelectorAll('tbody th')].filter(e => e.offsetHeight).map(e => e.textContent)"
     return block.parent.execute_script(script, block)
 
@@ -129,11 +136,11 @@ def ground(browser):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_the_screen(page, width, scheme):
+def test_nothing_is_wider_than_screen(page, width, scheme):
     emulate(page, width, scheme=scheme)
     assert page.execute_script("return innerWidth") == width
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    # A wide table scrolls in its own box, and its first column stays.
+    # A wide table scrolls in its own box, with a fixed first column.
     box = table(page, 1).find_element("css selector", ".scroll")
     name = box.find_element("css selector", "tbody th")
     before = name.rect["x"]
@@ -141,14 +148,14 @@ def test_nothing_is_wider_than_the_screen(page, width, scheme):
     assert name.rect["x"] == before
 
 
-def test_names_are_text_and_never_markup(page):
+def test_names_are_never_markup(page):
     assert page.execute_script("return window.broken") is None
     assert page.title == NASTY
     assert page.find_element("css selector", "h1").text == NASTY
     assert first_column(table(page, 1)) == [NASTY]
 
 
-def test_a_heading_sorts_the_better_end_first_then_turns_round_then_gives_the_rows_back(page):
+def test_heading_sorts_better_end_first_then_reverses_then_restores(page):
     block = table(page, 0)
     heading = block.find_elements("css selector", "thead th")[1]
     button = heading.find_element("css selector", "button")
@@ -163,14 +170,14 @@ def test_a_heading_sorts_the_better_end_first_then_turns_round_then_gives_the_ro
     assert (heading.get_attribute("aria-sort"), first_column(block)) == (None, MODELS)
 
 
-def test_names_sort_as_a_reader_counts(page):
+def test_numbers_inside_names_sort_by_value(page):
     block = table(page, 2)
     block.find_element("css selector", "thead button").click()
     assert first_column(block)[:12] == [f"run {i}" for i in range(12)]
     assert len(first_column(block)) == FOLD
 
 
-def test_the_filter_keeps_rows_that_hold_every_word_and_says_how_many(page):
+def test_filter_keeps_rows_with_every_word_and_counts_them(page):
     block = table(page, 2)
     box = block.find_element("css selector", "input")
     count = block.find_element("css selector", ".count")
@@ -185,7 +192,7 @@ def test_the_filter_keeps_rows_that_hold_every_word_and_says_how_many(page):
     assert (first_column(block), count.text) == ([], "0 of 300 rows")
 
 
-def test_a_long_table_is_folded_and_sorted_as_a_whole(page):
+def test_long_table_is_folded_and_sorted_as_a_whole(page):
     block = table(page, 2)
     fold = block.find_element("css selector", ".fold")
     assert (fold.text, len(first_column(block))) == ("Show all 300 rows", FOLD)
@@ -197,14 +204,14 @@ def test_a_long_table_is_folded_and_sorted_as_a_whole(page):
     assert fold.get_attribute("aria-expanded") == "true"
 
 
-def test_figures_have_pixels_and_words(page):
+def test_figures_have_pixels_and_alternative_text(page):
     images = all_of(page, "main figure img")
     assert [image.get_attribute("alt") for image in images] == ["A line from 0 to 1.", "The same line."]
     for image in images:
         assert page.execute_script("return arguments[0].naturalWidth", image) > 100
 
 
-def test_a_figure_opens_turns_and_closes_by_keyboard(page):
+def test_figure_opens_moves_on_and_closes_by_keyboard(page):
     dialog = page.find_element("css selector", "dialog")
     assert not dialog.is_displayed()
     button = page.find_element("css selector", ".zoom")
@@ -220,7 +227,7 @@ def test_a_figure_opens_turns_and_closes_by_keyboard(page):
     assert page.switch_to.active_element == button
 
 
-def test_dark_follows_the_system_until_the_reader_chooses_and_is_remembered(page, address):
+def test_theme_follows_system_until_reader_chooses_and_is_remembered(page, address):
     light = ground(page)
     emulate(page, scheme="dark")
     dark = ground(page)
@@ -234,7 +241,7 @@ def test_dark_follows_the_system_until_the_reader_chooses_and_is_remembered(page
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_contrasts_with_its_ground(page, scheme):
+def test_text_contrasts_with_background(page, scheme):
     emulate(page, scheme=scheme)
     for css in (
         "h1",
@@ -247,34 +254,34 @@ def test_text_contrasts_with_its_ground(page, scheme):
         ".theme",
         "figcaption span",
     ):
-        colour = page.execute_script("return getComputedStyle(document.querySelector(arguments[0])).color", css)
-        assert contrast(colour, ground(page)) >= 4.5, css
+        color = page.execute_script("return getComputedStyle(document.querySelector(arguments[0])).color", css)
+        assert contrast(color, ground(page)) >= 4.5, css
 
 
 def contrast(one, other):
-    """WCAG's contrast ratio of two colours written rgb(r, g, b)."""
-    light = sorted(luminance(colour) for colour in (one, other))
+    """WCAG contrast ratio of two colors written rgb(r, g, b)."""
+    light = sorted(luminance(color) for color in (one, other))
     return (light[1] + 0.05) / (light[0] + 0.05)
 
 
-def luminance(colour):
-    parts = [int(part) / 255 for part in colour[4:-1].split(",")]
+def luminance(color):
+    parts = [int(part) / 255 for part in color[4:-1].split(",")]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_in_print_all_rows_stand_and_no_button_does(page):
+def test_print_shows_all_rows_and_no_button(page):
     emulate(page, media="print", scheme="dark")
     boxes = "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length).length"
     assert page.execute_script(boxes, "button, input, nav, dialog") == 0
     assert page.execute_script(boxes, "tbody tr") == 9 + 1 + 300
     assert page.execute_script(boxes, "main img") == 2
-    # On white paper, whatever the screen was.
+    # White paper, whatever the theme of the screen.
     assert ground(page) == "rgb(255, 255, 255)"
     assert all_of(page, "thead th")[1].text.startswith("Score")
 
 
-def test_without_the_script_all_rows_stand_and_no_dead_control_does(page, address):
+def test_without_script_all_rows_and_no_dead_control_are_shown(page, address):
     page.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         page.get(address)

@@ -1,4 +1,4 @@
-"""Regimes come from the reference rows and the split, by thirds."""
+"""Regimes of conditions follow from the reference rows and the split."""
 
 import pandas as pd
 import pytest
@@ -21,32 +21,32 @@ def found(folder, regime):
     return set(table.loc[table["part"] == regime, "condition"])
 
 
-def test_strong_and_weak_are_the_thirds_by_the_distance_of_the_controls(folder):
-    # The distance of the controls grows from the first condition to the eighteenth.
+def test_strong_and_weak_are_outer_thirds_by_distance_of_controls(folder):
+    # The distance of the controls grows from the first to the eighteenth condition.
     assert found(folder, WEAK) == set(NAMES[:6])
     assert found(folder, STRONG) == set(NAMES[12:])
 
 
-def test_interaction_is_the_upper_third_of_the_combinations_by_the_additive_distance(folder):
+def test_interaction_is_upper_third_of_combinations_by_additive_distance(folder):
     pairs = [name for name in NAMES if "+" in name]
     assert len(pairs) == 10
-    # A third of ten is three and a bit: the threshold is the seventh, 2 / 3 of the way from the first to the tenth.
+    # The quantile 2 / 3 of ten values is the seventh.
     assert found(folder, INTERACTION) == set(pairs[6:])
 
 
-def test_unseen_covariate_is_a_label_that_training_has_in_other_groups_alone(folder):
+def test_unseen_covariate_is_label_that_training_has_only_in_other_groups(folder):
     rows = [("alpha", "A", "train", 5), ("beta", "B", "train", 5), ("beta", "C", "val", 5), ("beta", "B", "test", 5)]
     split = pd.DataFrame(rows, columns=["cell_type", "condition", "split", "n_cells"])
     split.to_csv(folder / "perturbation_covariate_split_map.csv", index=False)
     assert found(folder, UNSEEN) == {"beta_A", "alpha_B"}
 
 
-def test_without_a_split_map_or_references_these_regimes_are_absent(tmp_path):
+def test_regimes_without_split_map_or_references_are_absent(tmp_path):
     folder = write_run(tmp_path / "bare", references=())
     assert regimes(collect([folder]).runs[0]).empty
 
 
-def test_the_table_of_regimes_is_the_mean_over_their_conditions(folder):
+def test_table_by_regime_has_means_over_its_conditions(folder):
     run = collect([folder]).runs[0]
     parts = regimes(run)
     table = result_table(run_scores([run]), reference_scores([run]), METRICS, parts=parts)

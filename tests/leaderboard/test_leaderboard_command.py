@@ -1,7 +1,8 @@
-"""One command makes tables and a page of runs, draws what is not drawn, and goes on where it stopped."""
+"""`primeflow leaderboard` writes tables, figures and a page, and draws only missing figures."""
 
 import json
 import sys
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -12,10 +13,9 @@ from matplotlib.figure import Figure
 
 from primeflow_perturbench.cli import main
 from primeflow_perturbench.files import file_hash
-from primeflow_perturbench.leaderboard import figures
-from primeflow_perturbench.leaderboard.blocks import cost_table, number, run_table
-from primeflow_perturbench.leaderboard.collect import collect
-from primeflow_perturbench.leaderboard.drawing import RunCells, chosen_conditions
+from primeflow_perturbench.leaderboard import figures, statistics
+from primeflow_perturbench.leaderboard.collect import RunCells, collect
+from primeflow_perturbench.leaderboard.page import choose_conditions, cost_table, number_cell, run_table
 
 
 def call(monkeypatch, *arguments):
@@ -31,6 +31,11 @@ def refused(monkeypatch, capsys, *arguments):
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "bootstrap_interval", partial(statistics.bootstrap_interval, resamples=100))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Runs of two labels and three seeds."""
@@ -40,7 +45,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_tables_page_and_terminal(folder, monkeypatch, capsys):
+def test_command_writes_tables_and_page_and_prints_table(folder, monkeypatch, capsys):
     call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures", "--title", "Mine <1>")
     assert "good" in capsys.readouterr().out
     files = {path.name for path in (folder / "out" / "tables").iterdir()}
@@ -53,7 +58,7 @@ def test_tables_page_and_terminal(folder, monkeypatch, capsys):
         assert text in page
 
 
-def test_the_baseline_is_the_best_model_or_the_one_asked_for(folder, monkeypatch):
+def test_baseline_is_best_model_or_the_one_asked_for(folder, monkeypatch):
     for options, baseline, verdict in (((), "good", "worse"), (("--baseline", "poor"), "poor", "better")):
         call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures", *options)
         table = pd.read_csv(folder / "out" / "tables" / "runs_statistics.csv")
@@ -64,7 +69,7 @@ def test_the_baseline_is_the_best_model_or_the_one_asked_for(folder, monkeypatch
         assert other["verdict"] == verdict
 
 
-def test_a_reference_without_a_value_is_left_out_of_that_comparison_alone(folder, monkeypatch):
+def test_reference_without_a_value_is_left_out_of_that_comparison_alone(folder, monkeypatch):
     for run in (folder / "runs").iterdir():
         table = pd.read_parquet(run / "per_condition.parquet")
         table.loc[(table["model"] == "control") & (table["metric"] == "cosine_logfc"), "value"] = np.nan
@@ -78,29 +83,38 @@ def test_a_reference_without_a_value_is_left_out_of_that_comparison_alone(folder
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--baseline", "absent"], "--baseline absent: found no such name"),
+        (["--baseline", "absent"], "--baseline absent: no run has this name"),
         (
             ["--conditions", "alpha_Z"],
-            "--conditions alpha_Z: found no such name among the runs, expected one of alpha_A",
+            "--conditions alpha_Z: no run has this name, expected one of 'alpha_A'",
         ),
         (["--models", "absent"], "--models absent"),
         (["--published", "absent"], "--published absent"),
         (["--figures", "-1"], "--figures -1"),
     ],
 )
-def test_unknown_names_are_refused(folder, monkeypatch, capsys, options, said):
+def test_unknown_names_raise_and_write_nothing(folder, monkeypatch, capsys, options, said):
     assert said in refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out", *options)
     assert not (folder / "out").exists()
 
 
-def test_runs_that_do_not_belong_together_give_a_sentence_and_no_page(folder, monkeypatch, capsys):
+def test_incomparable_runs_raise_and_write_nothing(folder, monkeypatch, capsys):
     write_run(folder / "runs" / "odd", "good", 7, split="6" * 64)
     said = refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out")
     assert "odd differs from" in said
     assert not (folder / "out").exists()
 
 
-def test_missing_references_and_failed_trials_are_said_on_the_page(tmp_path, monkeypatch):
+def test_unreadable_run_is_left_out_with_a_warning(folder, monkeypatch, capsys):
+    (folder / "runs" / "good1" / "environment.json").write_text("{")
+    call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: left out:" in said
+    assert "good1/environment.json: expected JSON" in said
+    assert "expected JSON" in (folder / "out" / "report.html").read_text()
+
+
+def test_page_reports_missing_references_and_failed_trials(tmp_path, monkeypatch):
     write_run(tmp_path / "runs" / "a", references=())
     failed = tmp_path / "runs" / "b"
     failed.mkdir()
@@ -112,7 +126,7 @@ def test_missing_references_and_failed_trials_are_said_on_the_page(tmp_path, mon
     assert "no &lt;memory&gt; left" in page
 
 
-def test_figures_of_scores_are_drawn_where_runs_differ_and_only_once(tmp_path, monkeypatch):
+def test_figures_of_scores_are_drawn_only_once(tmp_path, monkeypatch):
     for w in (1, 3):
         for seed in range(2):
             table = pd.concat(
@@ -146,13 +160,13 @@ def test_figures_of_scores_are_drawn_where_runs_differ_and_only_once(tmp_path, m
         monkeypatch.setattr(figures, name, forbidden)
     call(monkeypatch, tmp_path / "runs", "--output", tmp_path / "out", "--figures", 1)
     assert sorted(path.name for path in (tmp_path / "out" / "figures").glob("*.svg")) == drawn
-    # A figure that was cut off before it was whole is drawn, and one of other scores too.
+    # A missing figure is drawn again.
     (tmp_path / "out" / "figures" / drawn[0]).unlink()
     with pytest.raises(AssertionError, match="drawn again"):
         call(monkeypatch, tmp_path / "runs", "--output", tmp_path / "out", "--figures", 1)
 
 
-def test_the_table_behind_the_curves_has_a_row_a_run(tmp_path):
+def test_table_behind_curves_has_one_row_per_run(tmp_path):
     for seed in range(2):
         write_run(tmp_path / str(seed), "m", seed, scores("M", seed), config=settings(guidance=2.5), evaluations=20)
     write_run(tmp_path / "other", "decoder_only", 0, config=settings() | {"model": {"hidden": 3}})
@@ -162,23 +176,23 @@ def test_the_table_behind_the_curves_has_a_row_a_run(tmp_path):
     assert table.loc["decoder_only", ["w", "evaluations"]].isna().all(axis=None)
 
 
-def test_cost_is_compared_at_one_guidance(tmp_path):
+def test_cost_is_compared_within_one_guidance(tmp_path):
     for w, evaluations, seed in ((1, 10, 0), (1, 20, 1), (3, 40, 2)):
         table = scores("M", evaluations)
         write_run(tmp_path / str(seed), "m", seed, table, config=settings(guidance=w), evaluations=evaluations)
-    table = cost_table(collect([tmp_path]).runs, "mmd_none")
-    # Guidance 3 was run at one cost alone: that it is worse is not the doing of its evaluations.
+    table = cost_table(run_table(collect([tmp_path]).runs), "mmd_none")
+    # Guidance 3 was run at one cost alone, so its score says nothing about cost.
     assert table["evaluations"].tolist() == [10, 20]
     np.testing.assert_allclose(table["mmd_none"], [10.85, 20.85])
     assert set(table["label"]) == {"m"}
     write_run(tmp_path / "3", "m", 3, scores("M"), config=settings(guidance=3), evaluations=80)
-    table = cost_table(collect([tmp_path]).runs, "mmd_none")
+    table = cost_table(run_table(collect([tmp_path]).runs), "mmd_none")
     assert table["label"].tolist() == ["m, w = 1", "m, w = 1", "m, w = 3", "m, w = 3"]
 
 
 @pytest.fixture
 def cells(tmp_path):
-    """A run with its data: cell values say which condition, split and source they are of."""
+    """A run with its data file; the values of a cell depend on its condition and source."""
     rng = np.random.default_rng(0)
     groups = [(line, label) for line, label in CONDITIONS if "+" not in label]
     groups += [("alpha", "control"), ("beta", "control")]
@@ -199,26 +213,26 @@ def cells(tmp_path):
     split = pd.Series(np.where(np.arange(len(obs)) % 2, "test", "train"), index=obs.index)
     split.to_csv(run / "train_test_split.csv", header=False)
     perturbed = (obs["condition"] != "control").to_numpy()
-    # Generated cells come with their genes in another order.
+    # The genes of generated cells have another order.
     predicted = ad.AnnData(x[perturbed] + 5, obs=obs[perturbed], var=genes)[:, ::-1].copy()
     predicted.write_h5ad(run / "predicted.h5ad")
     return tmp_path, x, obs
 
 
-def test_cells_of_a_condition_are_the_predicted_and_the_test_splits_with_their_genes_by_name(cells):
+def test_cells_of_a_condition_have_genes_in_one_order_and_come_from_test_split(cells):
     folder, x, obs = cells
-    predicted, observed, control = RunCells(collect([folder / "run"]).runs[0]).of("beta_B")
+    cells = RunCells(collect([folder / "run"]).runs[0]).of("beta_B")
     here = (obs["cell_type"] == "beta").to_numpy()
     test = np.arange(len(obs)) % 2 == 1
-    np.testing.assert_array_equal(predicted, x[here & (obs["condition"] == "B")][:, ::-1] + 5)
-    np.testing.assert_array_equal(observed, x[here & test & (obs["condition"] == "B")][:, ::-1])
-    np.testing.assert_array_equal(control, x[here & test & (obs["condition"] == "control")][:, ::-1])
+    np.testing.assert_array_equal(cells.predicted, x[here & (obs["condition"] == "B")][:, ::-1] + 5)
+    np.testing.assert_array_equal(cells.observed, x[here & test & (obs["condition"] == "B")][:, ::-1])
+    np.testing.assert_array_equal(cells.control, x[here & test & (obs["condition"] == "control")][:, ::-1])
 
 
-def test_cells_are_drawn_for_the_conditions_asked_for(cells, monkeypatch):
+def test_cells_of_the_conditions_asked_for_are_drawn(cells, monkeypatch):
     folder, _, _ = cells
-    # Half a minute of compilation.
-    monkeypatch.setattr(figures, "umap_map", lambda *given: figures.Picture(Figure(), "a joint UMAP"))
+    # UMAP compiles for half a minute.
+    monkeypatch.setitem(figures.CELL_FIGURES, "UMAP", lambda *given: figures.Picture(Figure(), "a joint UMAP"))
     call(monkeypatch, folder / "run", "--output", folder / "out", "--conditions", "beta_B", "alpha_A")
     names = sorted(path.stem.rpartition("-")[0] for path in (folder / "out" / "figures").glob("*.svg"))
     kinds = ["UMAP", "log-fold-changes", "quantiles", "reference-PCA", "top-genes", "zeros"]
@@ -231,13 +245,13 @@ def test_cells_are_drawn_for_the_conditions_asked_for(cells, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: (folder / "screen.h5ad").unlink(), "is not there"),
+        (lambda folder: (folder / "screen.h5ad").unlink(), "does not exist"),
         (lambda folder: (folder / "screen.h5ad").write_bytes(b"other"), "has changed since"),
         (lambda folder: (folder / "run" / "predicted.h5ad").unlink(), "has no predicted.h5ad"),
-        (lambda folder: (folder / "run" / "train_test_split.csv").unlink(), "train_test_split.csv does not exist"),
+        (lambda folder: (folder / "run" / "train_test_split.csv").unlink(), "lacks train_test_split.csv"),
     ],
 )
-def test_without_its_cells_a_run_still_has_a_page(cells, monkeypatch, spoil, said):
+def test_run_without_its_cells_still_has_a_page(cells, monkeypatch, spoil, said):
     folder, _, _ = cells
     spoil(folder)
     call(monkeypatch, folder / "run", "--output", folder / "out")
@@ -246,15 +260,15 @@ def test_without_its_cells_a_run_still_has_a_page(cells, monkeypatch, spoil, sai
     assert "<figure>" not in page
 
 
-def test_conditions_are_chosen_from_the_best_to_the_worst():
+def test_conditions_are_chosen_from_best_to_worst():
     values = pd.Series({"a": 0.5, "b": 0.1, "c": 0.9, "d": 0.3, "e": 0.7})
-    assert chosen_conditions(values, False, 3) == ["b", "a", "c"]
-    assert chosen_conditions(values, True, 3) == ["c", "a", "b"]
-    assert chosen_conditions(values, False, 1) == ["a"]
-    assert chosen_conditions(values[:2], False, 3) == ["b", "a"]
+    assert choose_conditions(values, False, 3) == ["b", "a", "c"]
+    assert choose_conditions(values, True, 3) == ["c", "a", "b"]
+    assert choose_conditions(values, False, 1) == ["a"]
+    assert choose_conditions(values[:2], False, 3) == ["b", "a"]
 
 
-def test_numbers_that_are_missing_are_dashes_and_sort_last():
-    assert number(None).value is None
-    assert number(float("nan")).text == "–"
-    assert number(1234.5, 1).text == "1,234.5"
+def test_missing_numbers_are_dashes_and_sort_last():
+    assert number_cell(None).value is None
+    assert number_cell(float("nan")).text == "–"
+    assert number_cell(1234.5, 1).text == "1,234.5"
