@@ -32,6 +32,14 @@ from primeflow_perturbench.training.provenance import (
     split_record,
     versions,
 )
+from primeflow_perturbench.training.reuse import (
+    earlier_costs,
+    is_finished,
+    run_digest,
+    saved_checkpoint,
+    shares_training,
+    with_shared_training,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,8 @@ INTERRUPTED = 130
 
 def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     """Train and test as ``cfg`` says; the run's folder then holds everything a table needs.
+
+    A run that its folder already holds is not repeated, and ``paths.trainings_dir`` lets runs share a training.
 
     Returns
     -------
@@ -55,6 +65,11 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if reads_atlas(cfg) and cfg.test:
         raise InputError(NO_TEST)
     folder = Path(cfg.paths.output_dir)
+    if is_finished(cfg):
+        console.print(f"Already finished; the run is in {folder}")
+        return pd.read_csv(folder / "table.csv", index_col=0) if cfg.test else None
+    if shares_training(cfg):
+        return train_run(with_shared_training(cfg, lambda training: train_run(training, console)), console)
     if cfg.get("prepare") is not None:
         hydra.utils.instantiate(cfg.prepare)
     if cfg.get("check", True):
@@ -82,17 +97,20 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     # Not before: the model has refused wrong settings by now.
     module = done["datamodule"]
     record |= what_is_run(cfg, (len(module.obs_df), module.num_genes) if reads_atlas(cfg) else None)
-    record["seconds"] = round(time.perf_counter() - start, 1)
-    record["steps"] = done["trainer"].global_step
+    earlier = {} if cfg.train else earlier_costs(cfg.ckpt_path)
+    record["seconds"] = round(time.perf_counter() - start + earlier.get("seconds", 0), 1)
+    record["steps"] = done["trainer"].global_step + earlier.get("steps", 0)
     record["peak_memory"] = peak_memory()
+    record["checkpoint"] = saved_checkpoint(done["trainer"], folder)
     write_json(folder / "environment.json", record)
     console.print(costs(record), highlight=False)
-    if not cfg.test:
-        console.print(f"Trained; the run is in {folder}")
-        return None
-    summary = tabulate_run(cfg, done["model"], console)
-    save_host_summary(done["model"], folder)
-    console.print(f"Everything about this run is in {folder}")
+    summary = None
+    if cfg.test:
+        summary = tabulate_run(cfg, done["model"], console)
+        save_host_summary(done["model"], folder)
+    # Last: the digest marks the run as finished.
+    write_json(folder / "environment.json", record | {"settings": run_digest(cfg)})
+    console.print(f"{'Everything about this run is' if cfg.test else 'Trained; the run is'} in {folder}")
     return summary
 
 
