@@ -45,8 +45,6 @@ UPWARD: set[tuple[str, str]] = {
     ("sweeps.worker", "configs"),
 }
 CYCLIC: set[tuple[str, str]] = {
-    ("conditions.embedding_tables", "conditions.table"),
-    ("conditions.table", "conditions.embedding_tables"),
     ("data.atlas.h5_description", "data.atlas.manifest"),
     ("data.atlas.manifest", "data.atlas.h5_description"),
     ("finetuning.weight_transfer", "model"),
@@ -77,8 +75,6 @@ DRAWER: set[str] = {
     "data.atlas.sampling",
     "data.splits",
     "evaluation.score",
-    "leaderboard.drawing",
-    "leaderboard.report",
     "sampling.predict",
     "training.run",
 }

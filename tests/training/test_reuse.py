@@ -52,7 +52,7 @@ def test_settings_of_sampling_and_scoring_do_not_change_the_digest_of_a_training
         other = settings(tmp_path, override)
         assert training_digest(other) == training_digest(plain)
         assert run_digest(other) != run_digest(plain)
-    for override in ("model.lr=0.5", "seed=1", "trainer.max_steps=7", "data/splitter=transfer"):
+    for override in ("model.lr=0.5", "seed=1", "trainer.max_steps=7", "data/splitter=combine"):
         assert training_digest(settings(tmp_path, override)) != training_digest(plain)
 
 
