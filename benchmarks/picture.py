@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from omegaconf import OmegaConf
 from sklearn.decomposition import PCA
 
-from primeflow_perturbench.evaluation.score import columns_of
+from primeflow_perturbench.evaluation.score import data_columns
 from primeflow_perturbench.training import resolvers
 
 COLOURS = {"control": "#b9b9b9", "measured": "#1f77b4", "generated": "#e8702a"}
@@ -35,7 +35,7 @@ def main() -> None:
     chosen = parser.parse_args()
     resolvers.register()
     cfg = OmegaConf.load(chosen.run / "config.yaml")
-    columns = columns_of(cfg)
+    columns = data_columns(cfg)
     perturbation, covariates = columns["perturbation_key"], columns["covariate_keys"]
     measured = ad.read_h5ad(cfg.data.data.filename)
     split = pd.read_csv(chosen.run / "train_test_split.csv", header=None, index_col=0)[1]

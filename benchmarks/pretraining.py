@@ -30,8 +30,8 @@ from rich.console import Console
 from primeflow_perturbench.data.atlas.cells import AtlasCells, open_atlas
 from primeflow_perturbench.data.atlas.narrowing import in_context, narrow
 from primeflow_perturbench.data.splits import read_context, write_split
-from primeflow_perturbench.evaluation.references import SplitCells, all_references, reference_cells
-from primeflow_perturbench.evaluation.score import pipelines_of, score_models
+from primeflow_perturbench.evaluation.references import SplitCells, reference_cells
+from primeflow_perturbench.evaluation.score import named_pipelines, score_models
 from primeflow_perturbench.evaluation.table import COLUMNS
 from primeflow_perturbench.files import write_json
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv, write_split_csv
@@ -239,7 +239,7 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
     )
     table = pd.DataFrame({"condition": test, "cell_type": "heldout", "method": "CRISPRi", "n_cells": GENERATED})
     table.to_csv(runs / "conditions.csv", index=False)
-    models = all_references(cells, ["control", "training_mean"], GENERATED)
+    models = {name: reference_cells(cells, name, GENERATED) for name in ("control", "training_mean")}
     models["additive"] = additive(whole, cells, GENERATED)
     models["ceiling"] = replicates(adata, test)
     for seed in chosen.seeds:
@@ -254,7 +254,7 @@ def of_atlas(manifest: Path, heldout: Path, runs: Path, test: list[str], chosen:
         "covariate_keys": ["cell_type", "method"],
         "perturbation_control_value": "control",
     }
-    summary = score_models(models, measured, columns, pipelines_of("paper"), Console()).summary
+    summary = score_models(models, measured, columns, named_pipelines("paper"), Console()).summary
     rows: dict[str, dict[str, dict]] = {}
     for name, values in summary.items():
         row, _, seed = name.partition(" ")

@@ -68,15 +68,12 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
     ("training", "finetuning"),
 }
 DRAWER: set[str] = {
-    "cli.common",
     "conditions.embedding_tables",
     "data.atlas.module",
     "data.atlas.narrowing",
     "data.atlas.sampling",
     "data.splits",
-    "evaluation.score",
     "sampling.predict",
-    "training.run",
 }
 
 

@@ -49,7 +49,9 @@ def answering(work: Callable[[], object]) -> None:
     from omegaconf.errors import MissingMandatoryValue
 
     from primeflow_perturbench.errors import InputError
-    from primeflow_perturbench.perturbench.embedded.errors import DataError
+    from primeflow_perturbench.perturbench.backend import load_embedded
+
+    DataError = load_embedded("errors.DataError")
 
     try:
         work()

@@ -1,6 +1,6 @@
-"""The rows that stand beside a model: control cells, training mean, additive shift, replicate ceiling.
+"""Reference rows beside a model: control cells, training mean, additive shift and replicate ceiling.
 
-Each is a set of cells for every held-out condition, scored like a model's.
+A reference is a set of cells for every held-out condition and is scored like a model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,20 +16,23 @@ from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.simulation.screen import UNS_KEY, Screen, log_normalise
 
 SEED = 0
+Group = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class SplitCells:
-    """A screen with its split and its columns.
+    """The cells of a screen with their split.
 
     Attributes
     ----------
     adata
-        All cells, log1p.
+        All cells, log1p expression.
     split
-        "train", "val", "test" or missing, by cell.
+        "train", "val", "test" or missing, by name of the cell.
     perturbation_key, covariate_keys, control, delimiter
-        Names of the columns and labels.
+        Names of the columns of ``obs``, the label of control cells, and the text between the parts of a combination.
+    heldout
+        The split that is generated and scored.
     """
 
     adata: ad.AnnData
@@ -38,69 +41,78 @@ class SplitCells:
     covariate_keys: tuple[str, ...]
     control: str
     delimiter: str | None
+    heldout: str = "test"
 
     def __post_init__(self):
         obs = self.adata.obs
-        object.__setattr__(self, "_label", obs[self.perturbation_key].astype(str).to_numpy())
         covariates = [obs[key].astype(str) for key in self.covariate_keys]
         groups = list(zip(*covariates, strict=True)) if covariates else [()] * len(obs)
-        object.__setattr__(self, "_group", pd.Series(groups, index=obs.index).to_numpy())
-        object.__setattr__(self, "_split", self.split.reindex(obs.index).astype(object).to_numpy())
+        columns = {
+            "label": obs[self.perturbation_key].astype(str).to_numpy(),
+            "group": pd.Series(groups, dtype=object),
+            "split": self.split.reindex(obs.index).to_numpy(object),
+        }
+        object.__setattr__(self, "_table", pd.DataFrame(columns))
 
-    def rows(self, split: Sequence[str], group: tuple | None = None, label: str | None = None) -> np.ndarray:
-        """Positions of cells by split, and by covariate group and label where given."""
-        keep = np.isin(self._split.astype(str), list(split))
+    def rows(self, splits: Sequence[str], group: Group | None = None, label: str | None = None) -> np.ndarray:
+        """Positions of the cells of some splits, and of a covariate group and a label if given."""
+        keep = self._table["split"].isin(splits)
         if group is not None:
-            keep &= np.fromiter((g == group for g in self._group), bool, len(keep))
+            keep &= self._table["group"].map(lambda other: other == group).astype(bool)
         if label is not None:
-            keep &= self._label == label
+            keep &= self._table["label"] == label
         return np.flatnonzero(keep)
 
     def perturbed(self, rows: np.ndarray) -> np.ndarray:
-        """Those of these positions that hold perturbed cells."""
-        return rows[self._label[rows] != self.control]
+        """The positions among ``rows`` that hold perturbed cells."""
+        return rows[(self._table["label"] != self.control).to_numpy()[rows]]
 
     def dense(self, rows: np.ndarray) -> np.ndarray:
         """Expression of cells by position, (n, G) float32."""
         matrix = self.adata.X[rows]
         return np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
 
-    def conditions(self) -> list[tuple[tuple, str]]:
-        """Held-out conditions, (covariate group, label), in order of first appearance in the test split."""
-        rows = self.perturbed(self.rows(["test"]))
-        return list(dict.fromkeys((self._group[row], self._label[row]) for row in rows))
+    def conditions(self) -> list[tuple[Group, str]]:
+        """Held-out conditions (covariate group, label), in order of first appearance."""
+        table = self._table.iloc[self.perturbed(self.rows([self.heldout]))]
+        return list(dict.fromkeys(zip(table["group"], table["label"], strict=True)))
 
-    def groups_with(self, label: str) -> list[tuple]:
+    def groups_with(self, label: str) -> list[Group]:
         """Covariate groups in which training has this label."""
-        rows = self.rows(["train"], label=label)
-        return list(dict.fromkeys(self._group[row] for row in rows))
-
-
-Draw = Callable[[SplitCells, tuple, str, np.random.Generator, int], np.ndarray]
+        return list(dict.fromkeys(self._table["group"].iloc[self.rows(["train"], label=label)]))
 
 
 def resample(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """N rows of a matrix, with replacement."""
+    """Draw n rows of a matrix with replacement."""
     return x[rng.integers(len(x), size=n)]
 
 
-def training_controls(cells: SplitCells, group: tuple) -> np.ndarray:
-    """Control cells (n, G) of a group that are not in the test split."""
+def training_controls(cells: SplitCells, group: Group) -> np.ndarray:
+    """Control cells (n, G) of a group in the train and validation splits.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
     rows = cells.rows(["train", "val"], group, cells.control)
     if not len(rows):
-        raise InputError(f"covariate group {', '.join(group)} has no control cells in train or val")
+        raise InputError(
+            f"covariate group {', '.join(group)} has no control cells in train or val, and references need some; "
+            "set references=[] or another split"
+        )
     return cells.dense(rows)
 
 
-def control(cells: SplitCells, group: tuple, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Control cells of the group: "nothing happens"."""
+def control(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Control cells of the group: the prediction that nothing happens."""
     return resample(training_controls(cells, group), n, rng)
 
 
-def training_mean(cells: SplitCells, group: tuple, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Perturbed training cells of the group, whatever the perturbation: their mean is the training mean.
+def training_mean(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Perturbed training cells of the group, of any perturbation; of all groups if the group has none.
 
-    Cells rather than one repeated mean, so that the row is judged on its spread as well.
+    They are cells rather than copies of their mean, so that their spread is scored too.
     """
     rows = cells.perturbed(cells.rows(["train"], group))
     if not len(rows):
@@ -108,8 +120,12 @@ def training_mean(cells: SplitCells, group: tuple, label: str, rng: np.random.Ge
     return resample(cells.dense(rows), n, rng)
 
 
-def mean_shift(cells: SplitCells, group: tuple, label: str) -> np.ndarray:
-    """Mean change of a label against controls (G,), in the group if training has it there, else over groups."""
+def mean_shift(cells: SplitCells, group: Group, label: str) -> np.ndarray:
+    """Mean change (G,) that a label causes against controls in training.
+
+    It is the change in the group itself if training has the label there, else the average over the groups that have
+    it, and zero if none has.
+    """
     groups = cells.groups_with(label)
     groups = [group] if group in groups else groups
     shifts = [
@@ -118,31 +134,35 @@ def mean_shift(cells: SplitCells, group: tuple, label: str) -> np.ndarray:
     return np.mean(shifts, axis=0) if shifts else np.zeros(cells.adata.n_vars, np.float32)
 
 
-def additive(cells: SplitCells, group: tuple, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Control cells moved by the mean change, seen elsewhere, of each perturbation in the label; at least 0."""
-    if cells.groups_with(label):
-        shift = mean_shift(cells, group, label)
-    else:
-        parts = split_label(label, cells.delimiter, cells.control)
-        shift = np.sum([mean_shift(cells, group, part) for part in parts], axis=0)
+def additive(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Control cells plus the mean shift of the label, or the sum of its parts' shifts; at least 0."""
+    parts = [label] if cells.groups_with(label) else split_label(label, cells.delimiter, cells.control)
+    shift = np.sum([mean_shift(cells, group, part) for part in parts], axis=0)
     return np.maximum(control(cells, group, label, rng, n) + shift, 0)
 
 
-def ceiling(cells: SplitCells, group: tuple, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Replicates: fresh cells of the simulated truth where the file has one, else the held-out cells resampled."""
+def ceiling(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Replicates: fresh cells of the truth of a simulated screen, else the held-out cells resampled."""
     if UNS_KEY in cells.adata.uns and len(group) == 1:
         screen = Screen.from_adata(cells.adata)
         counts = screen.sample(group[0], label, n, seed=int(rng.integers(2**31)))
         return log_normalise(sp.csr_matrix(counts)).toarray()
-    return resample(cells.dense(cells.rows(["test"], group, label)), n, rng)
+    return resample(cells.dense(cells.rows([cells.heldout], group, label)), n, rng)
 
 
-REFERENCES: dict[str, Draw] = {
+REFERENCES: dict[str, Callable[[SplitCells, Group, str, np.random.Generator, int], np.ndarray]] = {
     "control": control,
     "training_mean": training_mean,
     "additive": additive,
     "ceiling": ceiling,
 }
+
+
+def check_references(names: Iterable[str]) -> None:
+    """Raise `InputError` for a name that is not one of `REFERENCES`."""
+    for name in names:
+        if name not in REFERENCES:
+            raise InputError(f"unknown reference {name!r}: choose from {', '.join(REFERENCES)}")
 
 
 def reference_cells(cells: SplitCells, name: str, cells_per_condition: int | None = None) -> ad.AnnData:
@@ -155,18 +175,17 @@ def reference_cells(cells: SplitCells, name: str, cells_per_condition: int | Non
     name
         One of `REFERENCES`.
     cells_per_condition
-        How many; as many as were measured if ``None``.
+        Number of cells of each condition; ``None`` is as many as were measured.
 
     Raises
     ------
     InputError
         If the name is unknown or a covariate group lacks control cells.
     """
-    if name not in REFERENCES:
-        raise InputError(f"unknown reference {name!r}: choose from {', '.join(REFERENCES)}")
+    check_references([name])
     blocks, obs = [], []
     for number, (group, label) in enumerate(cells.conditions()):
-        n = cells_per_condition or len(cells.rows(["test"], group, label))
+        n = cells_per_condition or len(cells.rows([cells.heldout], group, label))
         rng = np.random.default_rng([SEED, number])
         blocks.append(sp.csr_matrix(REFERENCES[name](cells, group, label, rng, n)))
         row = {**dict(zip(cells.covariate_keys, group, strict=True)), cells.perturbation_key: label}
@@ -174,10 +193,3 @@ def reference_cells(cells: SplitCells, name: str, cells_per_condition: int | Non
     table = pd.concat(obs, ignore_index=True)
     table.index = table.index.astype(str)
     return ad.AnnData(sp.vstack(blocks).tocsr(), obs=table, var=pd.DataFrame(index=cells.adata.var_names))
-
-
-def all_references(
-    cells: SplitCells, names: Iterable[str], cells_per_condition: int | None = None
-) -> dict[str, ad.AnnData]:
-    """Cells of several references by name."""
-    return {name: reference_cells(cells, name, cells_per_condition) for name in names}

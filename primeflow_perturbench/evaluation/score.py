@@ -1,6 +1,6 @@
-"""Score predicted cells and references against measured cells, and print and save the table."""
+"""Score predicted cells, with reference rows beside them, against measured cells."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,180 @@ from rich.console import Console
 from rich.progress import Progress
 
 from primeflow_perturbench.data.checks import read_h5ad
-from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.evaluation.references import SplitCells, all_references
+from primeflow_perturbench.errors import InputError, quoted
+from primeflow_perturbench.evaluation.references import SplitCells, reference_cells
 from primeflow_perturbench.evaluation.table import metrics_table
 from primeflow_perturbench.files import replacing
-from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.evaluation import Evaluation
-from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.pipelines import (
-    DEFAULT_PIPELINES,
-    MMD_PIPELINES,
-    EvaluationResult,
-    run_pipelines,
-)
-from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv
-from primeflow_perturbench.perturbench.embedded.modelcore.models.base import save_evaluation, with_controls
+from primeflow_perturbench.perturbench.backend import load_embedded
 
-PIPELINES = {"default": DEFAULT_PIPELINES, "mmd": MMD_PIPELINES}
+# PerturBench's own evaluation prints means over conditions only; the embedded one also gives the score of each.
+Evaluation = load_embedded("analysis.benchmarks.evaluation.Evaluation")
+EvaluationResult = load_embedded("analysis.benchmarks.pipelines.EvaluationResult")
+run_pipelines = load_embedded("analysis.benchmarks.pipelines.run_pipelines")
+with_controls = load_embedded("modelcore.models.base.with_controls")
+read_split_csv = load_embedded("data.datasplitter.read_split_csv")
+
+PERTURBENCH_PIPELINES = {
+    "default": load_embedded("analysis.benchmarks.pipelines.DEFAULT_PIPELINES"),
+    "mmd": load_embedded("analysis.benchmarks.pipelines.MMD_PIPELINES"),
+}
 
 
-def columns_of(cfg: DictConfig) -> dict[str, Any]:
-    """Names of the columns and labels of a run's data, by their keys in a training context."""
+def score_models(
+    models: Mapping[str, ad.AnnData],
+    measured: ad.AnnData,
+    columns: Mapping[str, Any],
+    pipelines: Sequence[Mapping[str, Any]],
+    console: Console,
+    keep_controls: Collection[str] = (),
+) -> EvaluationResult:
+    """Score the cells of several models and references in one pass, with a progress bar.
+
+    Parameters
+    ----------
+    models
+        Predicted cells by name of the model or reference.
+    measured
+        Measured cells of the same conditions, with controls.
+    columns
+        Names of the columns and of the control, see `data_columns`.
+    pipelines
+        Evaluation pipelines: mappings of aggregation, metric and rank.
+    keep_controls
+        Models that are scored against their own predicted control cells instead of the measured ones.
+
+    Raises
+    ------
+    DataError
+        If a model lacks a condition or a gene of the measured cells, or has more.
+    """
+    evaluation = Evaluation(
+        model_adatas=[with_controls(cells, measured, columns, name in keep_controls) for name, cells in models.items()],
+        model_names=list(models),
+        ref_adata=measured,
+        pert_col=columns["perturbation_key"],
+        ctrl=columns["perturbation_control_value"],
+        cov_cols=columns["covariate_keys"],
+    )
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("Scoring", total=None)
+
+        def advance(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"Scoring {what}")
+
+        return run_pipelines(evaluation, pipelines, progress=advance)
+
+
+def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) -> pd.DataFrame:
+    """Score the generated cells of a run and its references, print the table and save it in the run's folder.
+
+    The references have as many cells of each condition as the model's largest condition.
+
+    Parameters
+    ----------
+    cfg
+        Settings of the run. Its folder holds ``predicted.h5ad`` and ``train_test_split.csv``.
+    adata
+        All cells of the run's data file, in memory.
+    model
+        Name of the model in the tables.
+
+    Returns
+    -------
+    Mean over conditions: index the metric keys, one column for the model and each reference.
+    """
+    folder, columns, settings = Path(cfg.paths.output_dir), data_columns(cfg), cfg.data.evaluation
+    predicted = ad.read_h5ad(folder / "predicted.h5ad")
+    cells = SplitCells(
+        adata=adata,
+        split=read_split_csv(folder / "train_test_split.csv", adata.obs_names),
+        perturbation_key=columns["perturbation_key"],
+        covariate_keys=tuple(columns["covariate_keys"]),
+        control=columns["perturbation_control_value"],
+        delimiter=columns["perturbation_combination_delimiter"],
+        heldout=settings.get("split_value_to_evaluate", "test"),
+    )
+    n_cells = int(predicted.obs.groupby("_condition_idx", observed=True).size().max())
+    models = {model: predicted} | {name: reference_cells(cells, name, n_cells) for name in cfg.references or ()}
+    measured = adata[cells.rows([cells.heldout])][:, predicted.var_names].copy()
+    keep_controls = [model] if settings.get("use_synthetic_controls", False) else []
+    result = score_models(models, measured, columns, settings.evaluation_pipelines, console, keep_controls)
+    save_scores(result, folder, model)
+    with replacing(folder / "table.csv") as temporary:
+        result.summary.to_csv(temporary)
+    console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} held-out conditions"))
+    return result.summary
+
+
+def evaluate_files(
+    predicted: str,
+    measured: str,
+    columns: Mapping[str, Any],
+    pipelines: str,
+    console: Console,
+    synthetic_controls: bool = False,
+    output: str | None = None,
+) -> pd.DataFrame:
+    """Score a file of predicted cells against a file of measured cells and print the table.
+
+    Parameters
+    ----------
+    columns
+        Names of the columns and of the control, see `data_columns`.
+    pipelines
+        Name of a set of metrics, see `named_pipelines`.
+    synthetic_controls
+        Whether to score against the predicted control cells instead of the measured ones.
+    output
+        Folder for ``summary.csv``, ``summary_by_cov.csv`` and ``per_condition.parquet``; ``None`` saves nothing.
+
+    Raises
+    ------
+    InputError, DataError
+        On bad files, columns or cells.
+    """
+    cells = {path: read_h5ad(path) for path in (predicted, measured)}
+    for path, adata in cells.items():
+        wanted = (columns["perturbation_key"], *columns["covariate_keys"])
+        if missing := [key for key in wanted if key not in adata.obs]:
+            raise InputError(
+                f"{path} has no obs column {quoted(missing)}; its columns are {quoted(adata.obs.columns) or '(none)'}; "
+                "name yours with --perturbation-key and --covariate-keys"
+            )
+    model = Path(predicted).stem
+    keep_controls = [model] if synthetic_controls else []
+    result = score_models(
+        {model: cells[predicted]}, cells[measured], columns, named_pipelines(pipelines), console, keep_controls
+    )
+    console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} conditions"))
+    if output is not None:
+        save_scores(result, Path(output), model)
+    return result.summary
+
+
+def save_scores(result: EvaluationResult, folder: Path, model: str) -> None:
+    """Write PerturBench's files, ``summary.csv`` and ``summary_by_cov.csv`` of the model, and all scores.
+
+    ``per_condition.parquet`` holds the scores of the model and the references.
+    """
+    with replacing(folder / "summary.csv") as temporary:
+        result.rounded()[[model]].to_csv(temporary)
+    with replacing(folder / "summary_by_cov.csv") as temporary:
+        result.summary_by_cov[result.summary_by_cov["model"] == model].to_csv(temporary, index=False)
+    with replacing(folder / "per_condition.parquet") as temporary:
+        result.per_condition.to_parquet(temporary, index=False)
+
+
+def named_pipelines(name: str) -> Sequence[Mapping[str, Any]]:
+    """Evaluation pipelines by name: "paper" for those of our runs, "default" or "mmd" for PerturBench's sets."""
+    if name != "paper":
+        return PERTURBENCH_PIPELINES[name]
+    config = files("primeflow_perturbench.configs") / "data" / "evaluation" / "default.yaml"
+    return OmegaConf.to_container(OmegaConf.create(config.read_text()).evaluation_pipelines)
+
+
+def data_columns(cfg: DictConfig) -> dict[str, Any]:
+    """Names of the columns and labels of a run's data, by their keys in PerturBench's training context."""
     columns = cfg.data.data_iter_factory
     return {
         "perturbation_key": columns.perturbation_key,
@@ -38,124 +193,3 @@ def columns_of(cfg: DictConfig) -> dict[str, Any]:
         "perturbation_control_value": columns.perturbation_control_value,
         "perturbation_combination_delimiter": columns.get("perturbation_combination_delimiter"),
     }
-
-
-def split_cells(cfg: DictConfig) -> SplitCells:
-    """The run's cells and split, read from the data file and from the split that the run saved."""
-    columns = columns_of(cfg)
-    adata = read_h5ad(cfg.data.data.filename)
-    split = Path(cfg.paths.output_dir) / "train_test_split.csv"
-    return SplitCells(
-        adata=adata,
-        split=read_split_csv(split, adata.obs_names),
-        perturbation_key=columns["perturbation_key"],
-        covariate_keys=tuple(columns["covariate_keys"]),
-        control=columns["perturbation_control_value"],
-        delimiter=columns["perturbation_combination_delimiter"],
-    )
-
-
-def tabulate_run(cfg: DictConfig, model: Any, console: Console) -> pd.DataFrame:
-    """Score the references like the model, print the table and write ``table.csv`` and ``per_condition.parquet``."""
-    folder = Path(cfg.paths.output_dir)
-    predicted = ad.read_h5ad(folder / "predicted.h5ad")
-    names = list(cfg.get("references") or [])
-    pipelines, columns = cfg.data.evaluation.evaluation_pipelines, columns_of(cfg)
-    result = getattr(model, "evaluation_result", None)
-    if names or result is None:
-        cells = split_cells(cfg)
-        evaluated = cfg.data.evaluation.get("split_value_to_evaluate", "test")
-        test = cells.adata[cells.rows([evaluated])][:, predicted.var_names].copy()
-    if result is None:  # PerturBench itself keeps means alone
-        synthetic = bool(cfg.data.evaluation.get("use_synthetic_controls", False))
-        result = score_models({type(model).__name__: predicted}, test, columns, pipelines, console, synthetic)
-    summary, per_condition = result.summary, [result.per_condition]
-    if names:
-        n = predicted.obs.groupby("_condition_idx", observed=True).size().max()
-        models = all_references(cells, names, int(n))
-        references = score_models(models, test, columns, pipelines, console)
-        summary = pd.concat([summary, references.summary], axis=1)
-        per_condition.append(references.per_condition)
-    with replacing(folder / "table.csv") as temporary:
-        summary.to_csv(temporary)
-    with replacing(folder / "per_condition.parquet") as temporary:
-        pd.concat(per_condition).to_parquet(temporary, index=False)
-    n_conditions = result.per_condition["cov_pert"].nunique()
-    console.print(metrics_table(summary, f"{n_conditions} held-out conditions"))
-    return summary
-
-
-def score_models(
-    models: dict[str, ad.AnnData],
-    reference: ad.AnnData,
-    context: dict[str, Any],
-    pipelines: Any,
-    console: Console,
-    synthetic_controls: bool = False,
-) -> EvaluationResult:
-    """Score cells by model name; ``context`` names the columns and the control."""
-    evaluation = Evaluation(
-        model_adatas=[with_controls(cells, reference, context, synthetic_controls) for cells in models.values()],
-        model_names=list(models),
-        ref_adata=reference,
-        pert_col=context["perturbation_key"],
-        ctrl=context["perturbation_control_value"],
-        cov_cols=context["covariate_keys"],
-    )
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("Scoring", total=None)
-        return run_pipelines(
-            evaluation,
-            pipelines,
-            progress=lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=f"Scoring {what}"
-            ),
-        )
-
-
-def pipelines_of(name: str) -> Sequence[dict[str, Any]]:
-    """Evaluation pipelines by name: PerturBench's "default" and "mmd", or "paper", those of our runs' configuration."""
-    if name != "paper":
-        return PIPELINES[name]
-    config = files("primeflow_perturbench.configs") / "data" / "evaluation" / "default.yaml"
-    return OmegaConf.to_container(OmegaConf.create(config.read_text()).evaluation_pipelines)
-
-
-def evaluate_files(
-    predicted: str,
-    measured: str,
-    columns: dict[str, Any],
-    pipelines: str,
-    console: Console,
-    synthetic_controls: bool = False,
-    output: str | None = None,
-) -> pd.DataFrame:
-    """Score a file of predicted cells against a file of measured ones, print the table, save it under ``output``.
-
-    Parameters
-    ----------
-    columns
-        Names of the columns and of the control, by their keys in a training context.
-    pipelines
-        "paper" for the metrics of the paper, "default" or "mmd" for PerturBench's sets.
-
-    Raises
-    ------
-    InputError, DataError
-        On bad files, columns or cells.
-    """
-    cells = {predicted: read_h5ad(predicted), measured: read_h5ad(measured)}
-    for name, adata in cells.items():
-        missing = [key for key in (columns["perturbation_key"], *columns["covariate_keys"]) if key not in adata.obs]
-        if missing:
-            raise InputError(
-                f"{name} has no column {', '.join(map(repr, missing))} in obs; its columns are "
-                f"{', '.join(map(str, adata.obs.columns)) or '(none)'}; name yours with --perturbation-key and "
-                "--covariate-keys"
-            )
-    model = {Path(predicted).stem: cells[predicted]}
-    result = score_models(model, cells[measured], columns, pipelines_of(pipelines), console, synthetic_controls)
-    console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} conditions"))
-    if output is not None:
-        save_evaluation(result, Path(output))
-    return result.summary

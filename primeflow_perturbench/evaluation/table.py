@@ -1,4 +1,4 @@
-"""Tables of metrics for people."""
+"""Printed tables of metrics."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ COLUMNS = {
     "mmd_rank_none": ("rank E", False),
     "cosine_rank_logfc": ("rank cos", False),
 }
-# Of the paper's metrics, those that no terminal has room for.
+# The paper's other metrics; a terminal has no room for them.
 MORE = {
     "mmd_rank_pca": ("rank E PCA", False),
     "top_k_recall_rank_scores": ("rank recall", False),
@@ -25,19 +25,19 @@ MORE = {
 CAPTION = (
     "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall: of the top 50 DE genes; "
     "cosine: of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance. "
-    "Means over conditions; best in bold, the ceiling aside."
+    "Means over conditions; the best is bold, the ceiling does not compete."
 )
 LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
 CEILING = "ceiling"
 
 
 def heading(metric: str) -> tuple[str, bool]:
-    """Heading of a metric's column and whether higher is better."""
+    """Heading of a metric's column, and whether higher is better."""
     return (COLUMNS | MORE).get(metric, (metric, not any(word in metric.split("_") for word in LOWER_IS_BETTER)))
 
 
-def frame(metrics: Sequence[str], title: str, caption: str) -> Table:
-    """Rich table without rows: a column of names, then one a metric under its heading."""
+def empty_table(metrics: Sequence[str], title: str, caption: str) -> Table:
+    """Rich table without rows: a column for the name, then one for each metric."""
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.title_justify = table.caption_justify = "left"
     table.add_column("", no_wrap=True)
@@ -48,24 +48,21 @@ def frame(metrics: Sequence[str], title: str, caption: str) -> Table:
 
 
 def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (CEILING,)) -> Table:
-    """Rich table with a row a model and a column a metric, the best of each in bold.
+    """Rich table with one row for each model and one column for each metric; the best of a metric is bold.
 
     Parameters
     ----------
     summary
-        Index the metric keys, a column a model.
+        Index the metric keys, one column for each model.
     title
         Title of the table.
     unranked
-        Rows that do not compete, such as the ceiling.
+        Models that do not compete, such as the ceiling.
     """
     shown = [key for key in COLUMNS if key in summary.index] or list(summary.index)
-    table = frame(shown, title, CAPTION)
-    competing = [model for model in summary.columns if model not in unranked]
-    best = {
-        key: summary.loc[key, competing].max() if heading(key)[1] else summary.loc[key, competing].min()
-        for key in shown
-    }
+    table = empty_table(shown, title, CAPTION)
+    competing = summary[[model for model in summary.columns if model not in unranked]]
+    best = {key: competing.loc[key].max() if heading(key)[1] else competing.loc[key].min() for key in shown}
     for model in summary.columns:
         cells = []
         for key in shown:

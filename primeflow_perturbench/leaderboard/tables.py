@@ -13,7 +13,7 @@ from rich.text import Text
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import REFERENCES
-from primeflow_perturbench.evaluation.table import CEILING, COLUMNS, frame, heading
+from primeflow_perturbench.evaluation.table import CEILING, COLUMNS, empty_table, heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard.collect import Run
 from primeflow_perturbench.leaderboard.statistics import compare, winners
@@ -320,7 +320,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 def rich_table(table: ResultTable, title: str) -> Table:
     """Means for the terminal, of the metrics that fit it."""
     shown = [key for key in COLUMNS if key in table.mean] or list(table.mean)
-    printed = frame(shown, title, BOLD_NOTE)
+    printed = empty_table(shown, title, BOLD_NOTE)
     printed.columns[0].no_wrap, printed.columns[0].overflow = False, "fold"
     best = {key: table.best(key) for key in shown}
     kinds = table.keys["kind"].tolist()

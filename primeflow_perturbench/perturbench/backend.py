@@ -80,6 +80,12 @@ def load(name: str) -> Any:
     return found
 
 
+def load_embedded(name: str) -> Any:
+    """The object of a PerturBench name in the embedded subset, whichever backend runs."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"{EMBEDDED}.{module}"), attribute)
+
+
 def check_backend() -> None:
     """Raise `InputError` if an installed PerturBench lacks what every run needs, before a run begins."""
     for name in (MODEL, "data.modules.AnnDataLitModule", "data.transforms.pipelines.SingleCellPipeline"):

@@ -1,10 +1,10 @@
-"""One run from configuration to table: make or check the data, train, test, set references beside it."""
+"""One run, from its settings to its table: prepare and check the data, train, generate, score."""
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import hydra
 import lightning as L
 import pandas as pd
@@ -16,12 +16,11 @@ from rich.console import Console
 from primeflow_perturbench.data.atlas.module import NO_TEST
 from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.evaluation.score import columns_of, tabulate_run
+from primeflow_perturbench.evaluation.references import check_references
+from primeflow_perturbench.evaluation.score import data_columns, score_run
 from primeflow_perturbench.files import replacing, write_json
 from primeflow_perturbench.finetuning.report import TellTakenOver
-from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend
-from primeflow_perturbench.perturbench.embedded.modelcore.models.base import merge_predictions, write_h5ad
-from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, load_embedded
 from primeflow_perturbench.training.provenance import (
     commit,
     data_record,
@@ -41,149 +40,183 @@ from primeflow_perturbench.training.reuse import (
     with_shared_training,
 )
 
-log = logging.getLogger(__name__)
-
-# Status of a program ended by SIGINT.
+# Exit status of a program that SIGINT ended.
 INTERRUPTED = 130
+SPLIT_FILE = "train_test_split.csv"
+
+merge_predictions = load_embedded("modelcore.models.base.merge_predictions")
+train = load_embedded("modelcore.train.train")
 
 
 def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
-    """Train and test as ``cfg`` says; the run's folder then holds everything a table needs.
+    """Train and test as ``cfg`` says; the run's folder then holds everything that a table needs.
 
     A run that its folder already holds is not repeated, and ``paths.trainings_dir`` lets runs share a training.
 
+    The data file is read twice, once by the data module and once here for the check and the scores, and hashed once.
+
+    Parameters
+    ----------
+    cfg
+        Composed ``train.yaml``.
+
     Returns
     -------
-    Summary of the model and the references, index the metric keys and a column a model; ``None`` without a test.
+    Mean scores of the model and the references: index the metric keys, one column for each model. ``None`` without a
+    test, and in all processes but the first.
 
     Raises
     ------
     InputError, DataError
         On bad data or settings.
     """
-    check_backend()
-    if reads_atlas(cfg) and cfg.test:
-        raise InputError(NO_TEST)
+    check_settings(cfg)
     folder = Path(cfg.paths.output_dir)
     if is_finished(cfg):
         console.print(f"Already finished; the run is in {folder}")
         return pd.read_csv(folder / "table.csv", index_col=0) if cfg.test else None
     if shares_training(cfg):
         return train_run(with_shared_training(cfg, lambda training: train_run(training, console)), console)
-    if cfg.get("prepare") is not None:
+    if cfg.prepare is not None:
         hydra.utils.instantiate(cfg.prepare)
-    if cfg.get("check", True):
-        check_data(cfg, console)
-    first = rank_zero_only.rank == 0
+    cells = None if reads_atlas(cfg) else open_cells(cfg, console)
+    is_first = rank_zero_only.rank == 0
     record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-    if first:
+    if is_first:
         with replacing(folder / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
         write_json(folder / "environment.json", record)
     start = time.perf_counter()
-    try:
-        callbacks = [] if backend() == EMBEDDED else [KeepPredictions(folder)]
-        done = train(cfg, callbacks=[TellTakenOver(folder, console), *callbacks])
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C, once the callbacks have saved
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        if checkpoint.is_file():
-            console.print(f"Interrupted. The same command with ckpt_path={checkpoint} goes on where it stopped.")
-        raise SystemExit(INTERRUPTED) from stop
-    if not first:
+    done = fit_and_test(cfg, console)
+    if not is_first:
         return None
-    split = folder / "train_test_split.csv"
-    if split.is_file():
-        record["split"] = split_record(split)
-    # Not before: the model has refused wrong settings by now.
-    module = done["datamodule"]
-    record |= what_is_run(cfg, (len(module.obs_df), module.num_genes) if reads_atlas(cfg) else None)
-    earlier = {} if cfg.train else earlier_costs(cfg.ckpt_path)
+    module, earlier = done["datamodule"], {} if cfg.train else earlier_costs(cfg.ckpt_path)
+    # Hashing a large file takes a while, so it waits until the model has accepted the settings.
+    record |= describe_run(cfg, (len(module.obs_df), module.num_genes) if cells is None else cells.shape)
     record["seconds"] = round(time.perf_counter() - start + earlier.get("seconds", 0), 1)
     record["steps"] = done["trainer"].global_step + earlier.get("steps", 0)
     record["peak_memory"] = peak_memory()
     record["checkpoint"] = saved_checkpoint(done["trainer"], folder)
     write_json(folder / "environment.json", record)
     console.print(costs(record), highlight=False)
-    summary = None
-    if cfg.test:
-        summary = tabulate_run(cfg, done["model"], console)
-        save_host_summary(done["model"], folder)
-    # Last: the digest marks the run as finished.
+    summary = score_run(cfg, cells.to_memory(), type(done["model"]).__name__, console) if cfg.test else None
+    # Last, because the digest marks the run as finished.
     write_json(folder / "environment.json", record | {"settings": run_digest(cfg)})
     console.print(f"{'Everything about this run is' if cfg.test else 'Trained; the run is'} in {folder}")
     return summary
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """Raise `InputError` for what can be known to fail before anything is read."""
+    check_backend()
+    if not cfg.test:
+        return
+    if reads_atlas(cfg):
+        raise InputError(NO_TEST)
+    check_references(cfg.references or ())
+    if not cfg.data.splitter.save:
+        raise InputError(
+            "data.splitter.save=false leaves no split to score the test cells by; set it to true, or test=false"
+        )
+
+
 def reads_atlas(cfg: DictConfig) -> bool:
-    """Whether the data of a run are many files, of which a manifest is named."""
+    """Whether a run reads the files of a manifest instead of one h5ad file."""
     return Path(cfg.data.data.filename).suffix in (".yaml", ".yml")
 
 
-def what_is_run(cfg: DictConfig, shape: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The part of a run's record that says which runs may stand in one table with it, and under which name.
+def open_cells(cfg: DictConfig, console: Console) -> ad.AnnData:
+    """The cells of a run's data file, backed, checked unless ``check=false``; warnings are printed.
 
-    The name is ``label`` of the settings where there is one (``+label=NAME``), else the choice of the model's group.
-    Cells and genes of the data are counted in the file, where ``shape`` does not give them.
+    Raises
+    ------
+    InputError
+        For the first error in the file.
     """
-    chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
     filename = cfg.data.data.filename
-    if shape is None:
-        adata = read_h5ad(filename, backed=True)
-        shape = adata.shape
-        adata.file.close()
-    pipelines = OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines")
-    return {
-        "label": cfg.get("label") or chosen or cfg.model._target_.rpartition(".")[2],
-        "seed": cfg.get("seed"),
-        "data": data_record(filename, *shape),
-        "metrics": metrics_record([] if pipelines is None else OmegaConf.to_container(pipelines, resolve=True)),
-        "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
-    }
+    cells = read_h5ad(filename, backed=True)
+    if cfg.check:
+        findings = check_anndata(cells, filename=filename, **data_columns(cfg))
+        for finding in findings:
+            if finding.level == "warning":
+                console.print(f"[yellow]warning:[/yellow] {finding.sentence}", highlight=False)
+        require(findings)
+    return cells
 
 
-def costs(record: dict[str, Any]) -> str:
-    """Sentence that says what a run took, from its record."""
-    memory = record["peak_memory"]
-    peak = f"{memory['host_gib']:.1f} GiB of memory"
-    if "device_gib" in memory:
-        peak += f" and {memory['device_gib']:.1f} GiB on the GPU"
-    return f"The run took {record['seconds']:,.0f} s ({record['steps']:,} steps) and at most {peak}."
+def fit_and_test(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Train, and generate the cells of the test conditions as ``predicted.h5ad`` in the run's folder.
+
+    Returns
+    -------
+    The trainer, the model and the data module, by name.
+    """
+    folder = Path(cfg.paths.output_dir)
+    try:
+        return train(cfg, callbacks=[TellTakenOver(folder, console), KeepPredictions(folder)])
+    except SystemExit as stop:  # Lightning raises it on Ctrl-C, after the callbacks have saved.
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            console.print(f"Interrupted. To go on, run the same command with ckpt_path={checkpoint}")
+        raise SystemExit(INTERRUPTED) from stop
 
 
 class KeepPredictions(L.Callback):
-    """Keeps the generated cells of a test as ``predicted.h5ad``, which PerturBench itself throws away.
+    """Leaves the generated cells of a test as ``predicted.h5ad``, to be scored together with the references.
+
+    PerturBench itself scores its predictions and deletes them. The embedded subset keeps them and need not score.
 
     Parameters
     ----------
     folder
-        Where the file goes.
+        Folder of the file.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell a model of the embedded subset not to score its predictions."""
+        pl_module.evaluate_on_test = False
+
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the chunks before the model does; the processes wait for each other."""
+        """Merge the chunks of all processes before PerturBench deletes them."""
+        if backend() == EMBEDDED:
+            return
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             chunks = Path(pl_module.evaluation_config.get("save_dir") or ".") / "predicted_anndata"
-            write_h5ad(merge_predictions(chunks), self.folder / "predicted.h5ad")
+            with replacing(self.folder / "predicted.h5ad") as temporary:
+                merge_predictions(chunks).write_h5ad(temporary)
 
 
-def save_host_summary(model: Any, folder: Path) -> None:
-    """Write the summary that the host printed as ``summary.csv``, where the host has not."""
-    if not (folder / "summary.csv").exists() and model.summary_metrics is not None:
-        with replacing(folder / "summary.csv") as temporary:
-            pd.DataFrame(model.summary_metrics).to_csv(temporary)
+def describe_run(cfg: DictConfig, shape: tuple[int, int]) -> dict[str, Any]:
+    """The part of a run's record that names it and says which runs may stand in one table with it.
+
+    Parameters
+    ----------
+    cfg
+        Settings of the run. Its name is ``label``, else the choice of the ``model`` group.
+    shape
+        Number of cells and genes of the data.
+    """
+    chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
+    pipelines = OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines")
+    split = Path(cfg.paths.output_dir) / SPLIT_FILE
+    return {
+        "label": cfg.label or chosen or cfg.model._target_.rpartition(".")[2],
+        "seed": cfg.seed,
+        "data": data_record(cfg.data.data.filename, *shape),
+        "metrics": metrics_record([] if pipelines is None else OmegaConf.to_container(pipelines, resolve=True)),
+        "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
+        **({"split": split_record(split)} if split.is_file() else {}),
+    }
 
 
-def check_data(cfg: DictConfig, console: Console) -> None:
-    """Look through the data file; print warnings, raise the first error as `InputError`."""
-    if reads_atlas(cfg):  # opening the files of an atlas looks through them
-        return
-    filename = cfg.data.data.filename
-    findings = check_anndata(read_h5ad(filename, backed=True), filename=filename, **columns_of(cfg))
-    for finding in findings:
-        if finding.level == "warning":
-            console.print(f"[yellow]warning:[/yellow] {finding.sentence}", highlight=False)
-    require(findings)
+def costs(record: dict[str, Any]) -> str:
+    """Sentence that reports the time, steps and memory in a run's record."""
+    memory = record["peak_memory"]
+    peak = f"{memory['host_gib']:.1f} GiB of memory"
+    if "device_gib" in memory:
+        peak += f" and {memory['device_gib']:.1f} GiB on the GPU"
+    return f"The run took {record['seconds']:,.0f} s ({record['steps']:,} steps) and at most {peak}."

@@ -1,5 +1,6 @@
 """The command line as a person meets it: tables, files, and one sentence for bad input."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -49,12 +50,32 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, screen_path):
-    """Folder of a finished tiny run."""
+    """Folder of a finished tiny run; ``accesses.json`` lists the files that it read as h5ad and hashed."""
     folder = tmp_path_factory.mktemp("run")
+    accesses = {"read": [], "hashed": []}
+    read_h5ad, file_digest = ad.read_h5ad, hashlib.file_digest
+
+    def reading(path, *args, **kwargs):
+        accesses["read"].append(str(path))
+        return read_h5ad(path, *args, **kwargs)
+
+    def hashing(stream, name):
+        accesses["hashed"].append(stream.name)
+        return file_digest(stream, name)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(ad, "read_h5ad", reading)
+        patch.setattr(hashlib, "file_digest", hashing)
         call(patch, "train", *TINY, f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")
+    (folder / "accesses.json").write_text(json.dumps(accesses))
     return folder
+
+
+def test_a_run_reads_its_data_file_twice_and_hashes_it_once(run, screen_path):
+    accesses = json.loads((run / "accesses.json").read_text())
+    assert accesses["read"].count(str(screen_path)) == 2
+    assert accesses["hashed"] == [str(screen_path)]
 
 
 def test_a_run_leaves_everything_that_a_table_needs(run):
@@ -175,7 +196,7 @@ def test_bad_input_to_evaluate(run, tmp_path, monkeypatch, capsys, screen_path):
     sentence = refused(monkeypatch, capsys, "evaluate", predicted, tmp_path / "absent.h5ad")
     assert "absent.h5ad" in sentence
     sentence = refused(monkeypatch, capsys, "evaluate", predicted, screen_path, "--perturbation-key", "guide")
-    assert "has no column 'guide'" in sentence
+    assert "has no obs column 'guide'" in sentence
     assert "condition" in sentence
 
 

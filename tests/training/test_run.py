@@ -4,11 +4,11 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 
-from primeflow_perturbench.training.run import costs, what_is_run
+from primeflow_perturbench.training.run import costs, describe_run
 
 
 def composed(screen_path, *overrides, with_hydra=True):
-    """A run's settings; Hydra itself is set up as under its command where asked for."""
+    """Settings of a run; ``with_hydra`` sets up Hydra as its command does."""
     given = [f"data.data.filename={screen_path}", "run_name=x", "paths.output_dir=x", *overrides]
     with initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
         if with_hydra:
@@ -23,27 +23,27 @@ def _no_hydra_left():
 
 
 @pytest.mark.usefixtures("_no_hydra_left")
-def test_a_run_records_its_name_seed_data_metrics_and_cost(screen_path):
+def test_a_run_records_its_label_seed_data_metrics_and_network_evaluations(screen_path):
     overrides = ["model=primeflow_fast", "seed=7", "model.solver.method=midpoint", "model.solver.steps=5"]
-    record = what_is_run(composed(screen_path, *overrides, "model.guidance=2"))
+    record = describe_run(composed(screen_path, *overrides, "model.guidance=2"), (2820, 128))
     assert (record["label"], record["seed"], record["evaluations"]) == ("primeflow_fast", 7, 20)
     digest = hashlib.sha256(screen_path.read_bytes()).hexdigest()
     assert record["data"] == {"file": "screen.h5ad", "sha256": digest, "cells": 2820, "genes": 128}
-    other = what_is_run(composed(screen_path, "model=decoder_only", "data/evaluation=default"))
+    other = describe_run(composed(screen_path, "model=decoder_only"), (2820, 128))
     assert (other["label"], other["evaluations"]) == ("decoder_only", None)
     assert other["metrics"] == record["metrics"]
     ranks = composed(screen_path, "data.evaluation.evaluation_pipelines=[{aggregation: none, metric: mmd}]")
-    assert what_is_run(ranks)["metrics"]["pipelines"] != record["metrics"]["pipelines"]
+    assert describe_run(ranks, (2820, 128))["metrics"]["pipelines"] != record["metrics"]["pipelines"]
 
 
 @pytest.mark.usefixtures("_no_hydra_left")
-def test_a_label_of_the_settings_goes_before_the_choice_of_the_model(screen_path):
-    assert what_is_run(composed(screen_path, "+label=mine"))["label"] == "mine"
+def test_the_label_names_a_run_and_else_the_choice_of_the_model_group(screen_path):
+    assert describe_run(composed(screen_path, "label=mine"), (2820, 128))["label"] == "mine"
     HydraConfig.instance().cfg = None
-    assert what_is_run(composed(screen_path, with_hydra=False))["label"] == "PRiMeFlow"
+    assert describe_run(composed(screen_path, with_hydra=False), (2820, 128))["label"] == "PRiMeFlow"
 
 
-def test_the_costs_of_a_run_are_said_with_the_gpus_where_there_is_one():
+def test_costs_report_seconds_steps_and_memory_also_of_a_gpu():
     record = {"steps": 20_000, "seconds": 1234.5, "peak_memory": {"host_gib": 1.25}}
     assert costs(record) == "The run took 1,234 s (20,000 steps) and at most 1.2 GiB of memory."
     record["peak_memory"]["device_gib"] = 30.06

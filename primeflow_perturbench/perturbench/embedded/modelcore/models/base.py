@@ -60,6 +60,8 @@ class PerturbationModel(L.LightningModule, ABC):
     """
 
     COMPATIBLE_DATASETS: tuple[str, ...] = ("SingleCellPerturbationWithControls",)
+    # Whether a test scores the predictions that it writes; if not, the caller scores them.
+    evaluate_on_test: bool = True
 
     def __init__(
         self,
@@ -155,6 +157,8 @@ class PerturbationModel(L.LightningModule, ABC):
         save_dir = Path(config.get("save_dir") or ".")
         write_h5ad(predicted, save_dir / "predicted.h5ad")
         shutil.rmtree(self._prediction_folder)
+        if not self.evaluate_on_test:
+            return
         self.evaluation_result = self.evaluate_predictions(predicted, dataset.reference_adata)
         self.summary_metrics = self.evaluation_result.rounded()
         if config.get("save_evaluation", True):
