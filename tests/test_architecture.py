@@ -45,8 +45,6 @@ UPWARD: set[tuple[str, str]] = {
     ("sweeps.worker", "configs"),
 }
 CYCLIC: set[tuple[str, str]] = {
-    ("data.atlas.h5_description", "data.atlas.manifest"),
-    ("data.atlas.manifest", "data.atlas.h5_description"),
     ("finetuning.weight_transfer", "model"),
     ("model", "finetuning.weight_transfer"),
     ("model", "pretrained.folder"),
@@ -69,9 +67,6 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
 }
 DRAWER: set[str] = {
     "conditions.embedding_tables",
-    "data.atlas.module",
-    "data.atlas.narrowing",
-    "data.atlas.sampling",
     "data.splits",
     "sampling.predict",
 }

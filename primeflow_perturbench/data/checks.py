@@ -181,11 +181,7 @@ def check_controls(
 def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str | None) -> list[Finding]:
     """Labels of perturbations that the delimiter or the control would take apart wrongly."""
     findings = []
-    parts = {
-        label: raw_parts(label, delimiter)
-        for label in labels
-        if label != control and label.strip()
-    }
+    parts = {label: raw_parts(label, delimiter) for label in labels if label != control and label.strip()}
 
     def add(level: str, hit: list[str], problem: str, expected: str, mend: str) -> None:
         if hit:

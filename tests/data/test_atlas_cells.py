@@ -14,11 +14,10 @@ import pytest
 import scipy.sparse as sp
 import yaml
 
-from primeflow_perturbench.data.atlas import unpacking
+from primeflow_perturbench.data.atlas import storage
 from primeflow_perturbench.data.atlas.cells import open_atlas
 from primeflow_perturbench.data.atlas.report import check_atlas
-from primeflow_perturbench.data.atlas.rows import StoredRows, is_plain
-from primeflow_perturbench.data.atlas.unpacking import unpacked
+from primeflow_perturbench.data.atlas.storage import StoredRows, unpacked
 from primeflow_perturbench.errors import InputError
 
 GENES = {"a": ["g0", "g1", "g2", "g3", "g4"], "b": ["g6", "g4", "g0", "g5"], "c": ["g3", "g7", "g1"]}
@@ -106,14 +105,14 @@ def change(folder, number, **fields):
     return write_manifest(folder, {**DESCRIPTION, "files": files})
 
 
-def said(manifest) -> str:
+def error_of(manifest) -> str:
     with pytest.raises(InputError) as caught:
         open_atlas(manifest)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_the_union_of_all_files_is_what_pandas_joins(folder):
+def test_union_of_genes_equals_a_join_by_pandas(folder):
     atlas = open_atlas(folder / "manifest.yaml")
     expected = joined()
     assert atlas.genes == ["g0", "g1", "g2", "g3", "g4", "g6", "g5", "g7"]
@@ -128,7 +127,7 @@ def test_the_union_of_all_files_is_what_pandas_joins(folder):
     assert not (folder / "unpacked").exists()
 
 
-def test_any_order_with_repeats_gives_the_rows_of_the_whole(folder):
+def test_cells_are_read_in_any_order_and_repeatedly(folder):
     atlas = open_atlas(folder / "manifest.yaml")
     whole = atlas.expression(np.arange(180))
     rng = np.random.default_rng(0)
@@ -137,40 +136,40 @@ def test_any_order_with_repeats_gives_the_rows_of_the_whole(folder):
     assert atlas.expression(np.array([], dtype=int)).shape == (0, 8)
     assert np.isnan(whole).any()
     for cells in ([-1], [180], [3, 180]):
-        with pytest.raises(IndexError, match="of 180"):
+        with pytest.raises(IndexError, match="has 180"):
             atlas.expression(np.array(cells))
 
 
-def test_missing_genes_are_zero_only_when_asked_for(folder):
+def test_missing_genes_are_nan_or_zero(folder):
     values = open_atlas(folder / "manifest.yaml", missing="zero").expression(np.arange(180))
     masked = open_atlas(folder / "manifest.yaml").expression(np.arange(180))
     np.testing.assert_array_equal(values, np.nan_to_num(masked))
-    with pytest.raises(ValueError, match="expected 'mask' or 'zero'"):
+    with pytest.raises(InputError, match="expected 'mask' or 'zero'"):
         open_atlas(folder / "manifest.yaml", missing="drop")
 
 
 @pytest.mark.parametrize("genes", [["g7", "g0", "g3"], "genes.csv"])
-def test_a_list_of_genes_is_given_in_its_order(folder, genes):
+def test_list_of_genes_keeps_its_order(folder, genes):
     (folder / "genes.csv").write_text("g7\ng0\ng3\n")
     atlas = open_atlas(folder / "manifest.yaml", genes=genes)
     assert atlas.genes == ["g7", "g0", "g3"]
     np.testing.assert_allclose(atlas.expression(np.arange(180)), joined(["g7", "g0", "g3"]), rtol=1e-6)
 
 
-def test_counts_are_normalised_over_all_genes_of_their_file_whatever_is_kept(folder):
+def test_counts_are_normalized_over_all_genes_of_their_file(folder):
     atlas = open_atlas(folder / "manifest.yaml", genes=["g0", "g1"])
     kept = atlas.expression(np.arange(60, 120))[:, 0]
     np.testing.assert_allclose(kept, logged(counts_of("b"))[:, 2], rtol=1e-6)
     assert np.abs(kept - logged(counts_of("b")[:, [2]])[:, 0]).max() > 0.1
 
 
-def test_the_intersection_is_in_the_first_files_order(folder):
+def test_intersection_has_the_order_of_the_first_file(folder):
     files = [DESCRIPTION["files"][0], DESCRIPTION["files"][1]]
     manifest = write_manifest(folder, {**DESCRIPTION, "genes": "intersection", "files": files})
     assert open_atlas(manifest).genes == ["g0", "g4"]
 
 
-def test_labels_of_all_files_are_unified(folder):
+def test_labels_and_covariates_are_translated(folder):
     obs = open_atlas(folder / "manifest.yaml").obs
     assert obs.condition[:4].tolist() == ["control", "A", "A+B", "A+B"]
     assert obs.condition[60:64].tolist() == ["control", "control", "B", "A+C"]
@@ -183,14 +182,14 @@ def test_labels_of_all_files_are_unified(folder):
     np.testing.assert_allclose(obs.dose, np.r_[np.arange(60) / 10, np.full(60, 2), np.ones(60)], rtol=1e-6)
 
 
-def test_a_control_is_no_part_of_a_combination(folder):
+def test_control_is_dropped_from_combinations(folder):
     with h5py.File(folder / "c.h5ad", "r+") as file:
         del file["obs/target"]
         anndata.io.write_elem(file["obs"], "target", np.array(["x", "A+x"] * 30, dtype=object))
     assert open_atlas(change(folder, 2, control="x")).obs.condition[120:].unique().tolist() == ["control", "A"]
 
 
-def test_versions_of_ensembl_ids_are_taken_off_where_all_names_have_one(folder):
+def test_versions_of_ensembl_ids_are_removed_if_all_names_have_one(folder):
     ids = [f"ENSG0000000000{i}" for i in range(3)]
     for path, names in (
         ("a", [f"{i}.{7}" for i in ids] + ["ENSG00000000009.1_PAR_Y", "ENSG00000000009.1"]),
@@ -208,16 +207,16 @@ def test_versions_of_ensembl_ids_are_taken_off_where_all_names_have_one(folder):
     # One name that is no id, and all stay as they are.
     assert (
         "found genes such as 'MYC', 'ENSG00000000001.7', 'ENSG00000000002.7' and 2 more, none in common with any"
-        in said(manifest)
+        in error_of(manifest)
     )
 
 
-def test_of_a_gene_in_several_columns_the_first_is_read_when_asked_for(folder):
+def test_duplicate_genes_are_an_error_or_the_first_is_read(folder):
     adata = anndata.read_h5ad(folder / "c.h5ad")
     adata.var["symbol"] = ["g3", "g7", "g3"]
     adata.write_h5ad(folder / "c.h5ad")
-    assert said(folder / "manifest.yaml").startswith(
-        f"{folder / 'c.h5ad'}, var column 'symbol': found more than one column of 1 gene, 'g3', expected one"
+    assert error_of(folder / "manifest.yaml").startswith(
+        f"{folder / 'c.h5ad'}, var column 'symbol': found more than one column for 1 gene, 'g3', expected one"
     )
     atlas = open_atlas(change(folder, 2, duplicate_genes="first"))
     values = atlas.expression(np.arange(120, 180))
@@ -231,81 +230,81 @@ def alter(folder, name, **columns):
     adata.write_h5ad(folder / f"{name}.h5ad")
 
 
-def test_columns_and_labels_that_are_wrong(folder):
+def test_errors_about_columns_and_labels(folder):
     manifest = folder / "manifest.yaml"
     place = f"{folder / 'a.h5ad'}, obs column"
-    assert said(change(folder, 0, perturbation_key="guidee")) == (
+    assert error_of(change(folder, 0, perturbation_key="guidee")) == (
         f"{place} 'guidee': found only the columns 'guide', 'line', 'dose', expected the perturbation of each cell; "
         "did you mean 'guide'? Set perturbation_key."
     )
-    assert said(change(folder, 0, covariates={"cell_type": "donor"})).startswith(f"{place} 'donor': found only the col")
-    sentence = said(change(folder, 1, constants={"dose": 2}))
+    assert error_of(change(folder, 0, covariates={"cell_type": "donor"})).startswith(f"{place} 'donor': found only")
+    sentence = error_of(change(folder, 1, constants={"dose": 2}))
     assert sentence.endswith(
         "expected the covariate 'cell_type' of each cell; set covariates: cell_type to one of them."
     )
-    assert said(change(folder, 2, gene_key="symbl")).startswith(f"{folder / 'c.h5ad'}, var column 'symbl': found only")
-    assert said(change(folder, 0, control="Ctrl")) == (
+    assert error_of(change(folder, 2, gene_key="symbl")).startswith(f"{folder / 'c.h5ad'}, var column 'symbl': found")
+    assert error_of(change(folder, 0, control="Ctrl")) == (
         f"{place} 'guide': found no cell labelled 'Ctrl' among 'A' (15 cells), 'A_B' (15 cells), 'B_A' (15 cells), "
         "'ctrl' (15 cells), expected control cells; set control to the label of the control cells, perhaps 'ctrl'."
     )
-    assert "found no cell labelled 'nt'" in said(change(folder, 1, control=["NT", "nt"]))
-    assert "found the label 'A+x', expected no '+' within a perturbation's name" in said(
+    assert "found no cell labelled 'nt'" in error_of(change(folder, 1, control=["NT", "nt"]))
+    assert "found the label 'A+x', expected no '+' within the name of a perturbation" in error_of(
         change(folder, 2, delimiter="_")
     )
-    assert "found the label 'A' with an empty part, expected a perturbation on both sides of 'A'" in said(
+    assert "found the label 'A' with an empty part, expected a perturbation on both sides of 'A'" in error_of(
         change(folder, 0, delimiter="A")
     )
     write_manifest(folder, DESCRIPTION)
     alter(folder, "a", guide=["ctrl", "control"] * 30)
-    assert "found the perturbation 'control', expected 'control' to name controls only" in said(manifest)
+    assert "found the perturbation 'control', expected 'control' to name only controls" in error_of(manifest)
     alter(folder, "a", guide=["ctrl", "A"] * 30, line=["H1", " "] + ["H1"] * 58)
-    assert f"{place} 'line': found no value in 1 of 60 rows, the first 'cell1'" in said(manifest)
+    assert f"{place} 'line': found no value in 1 of 60 rows, the first 'cell1'" in error_of(manifest)
     alter(folder, "a", line="H1", dose=["high", "low"] * 30)
-    assert "covariate 'dose': found numbers in " in said(manifest)
+    assert "covariate 'dose': found numbers in " in error_of(manifest)
 
 
-def test_files_and_genes_that_are_wrong(folder):
+def test_errors_about_files_and_genes(folder):
     manifest = folder / "manifest.yaml"
-    assert said(change(folder, 0, path="aa.h5ad")).startswith(f"{folder / 'aa.h5ad'}: found no such file, expected an")
+    assert error_of(change(folder, 0, path="aa.h5ad")).startswith(f"{folder / 'aa.h5ad'}: found no such file")
     write_manifest(folder, {**DESCRIPTION, "genes": ["g0", "g99"]})
-    assert said(manifest).startswith(f"{manifest}, genes: found 1 that no file has, 'g99', expected genes of the files")
+    assert error_of(manifest).startswith(f"{manifest}, genes: found 1 that no file has, 'g99', expected genes of")
     write_manifest(folder, {**DESCRIPTION, "genes": ["g2"]})
-    assert said(manifest).startswith(
+    assert error_of(manifest).startswith(
         f"{folder / 'b.h5ad'}, var_names: found genes such as 'g6', 'g4', 'g0' and 1 more, none in common with the list"
     )
     write_manifest(folder, {**DESCRIPTION, "genes": "intersection"})
-    assert "none in common with the intersection of all files" in said(manifest)
+    assert "none in common with the intersection of all files" in error_of(manifest)
     # Without gene_key the third file has ids where the others have symbols.
-    assert said(change(folder, 2, gene_key=None)).startswith(
+    assert error_of(change(folder, 2, gene_key=None)).startswith(
         f"{folder / 'c.h5ad'}, var_names: found genes such as 'id0', 'id1', 'id2', none in common with any other file"
     )
     write_manifest(folder, DESCRIPTION)
     adata = anndata.read_h5ad(folder / "b.h5ad")
     adata.obs_names = ["cell0", "cell0", *adata.obs_names[2:]]
     adata.write_h5ad(folder / "b.h5ad")
-    assert f"{folder / 'b.h5ad'}, cell names: found 1 that occur more than once, 'cell0'" in said(manifest)
+    assert f"{folder / 'b.h5ad'}, cell names: found 1 that occur more than once, 'cell0'" in error_of(manifest)
     with h5py.File(folder / "b.h5ad", "r+") as file:
         del file["X"]
-    assert f"{folder / 'b.h5ad'}, X: found no matrix" in said(manifest)
+    assert f"{folder / 'b.h5ad'}, X: found no matrix" in error_of(manifest)
 
 
-def test_values_of_another_kind_than_the_manifest_says(folder):
-    assert said(change(folder, 1, x="log1p")).startswith(
-        f"{folder / 'b.h5ad'}, X: found whole numbers only, the largest "
+def test_values_that_contradict_the_manifest_are_errors(folder):
+    assert error_of(change(folder, 1, x="log1p")).startswith(
+        f"{folder / 'b.h5ad'}, X: found only whole numbers, the largest "
     )
-    assert "found values that are not whole numbers, the largest " in said(change(folder, 0, x="counts"))
+    assert "found values that are not whole numbers, the largest " in error_of(change(folder, 0, x="counts"))
     write_manifest(folder, DESCRIPTION)
     for values, found in (
-        (np.expm1(logged(counts_of("c"))), "values that look normalised but not logged"),
-        (np.zeros((60, 3), dtype=np.float32), "nothing but zeros"),
+        (np.expm1(logged(counts_of("c"))), "values that look normalized but not logged"),
+        (np.zeros((60, 3), dtype=np.float32), "only zeros"),
         (-logged(counts_of("c")), "the value -"),
     ):
         write_file(folder, "c", "target", values, cell_type="H1", dose=1)
-        assert f"{folder / 'c.h5ad'}, X: found {found}" in said(folder / "manifest.yaml")
+        assert f"{folder / 'c.h5ad'}, X: found {found}" in error_of(folder / "manifest.yaml")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1])
-def test_a_wrong_value_is_found_when_its_cell_is_read(folder, value):
+def test_invalid_value_is_found_when_its_cell_is_read(folder, value):
     values = np.tile(logged(counts_of("c")), (40, 1))
     values[2000, 1] = value
     write_file(folder, "c", "target", values, cell_type="H1", dose=1)
@@ -316,7 +315,7 @@ def test_a_wrong_value_is_found_when_its_cell_is_read(folder, value):
         atlas.expression(np.arange(2100, 2140))
 
 
-def test_cells_go_through_pickle_and_fork(folder):
+def test_atlas_can_be_pickled_and_forked(folder):
     atlas = open_atlas(folder / "manifest.yaml")
     whole = atlas.expression(np.arange(180))
     again = pickle.loads(pickle.dumps(atlas))
@@ -327,39 +326,10 @@ def test_cells_go_through_pickle_and_fork(folder):
         np.testing.assert_array_equal(part, whole[k::4])
 
 
-def test_perturbenchs_description_of_files_names_cells_as_its_split_files_do(folder):
-    for name, dataset in (("a", "nadig"), ("b", "nadig")):
-        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
-        adata.X = sp.csr_matrix(logged(counts_of(name)))
-        adata.obs["condition"] = ["control", "A+B", "B"] * 20
-        adata.obs["dataset"] = dataset
-        adata.write_h5ad(folder / f"{name}.h5ad")
-    (folder / "genes.csv").write_text("g4\nabsent\ng1\n")
-    factory = {"perturbation_key": "condition", "perturbation_control_value": "control", "covariate_keys": ["dataset"]}
-    config = {
-        "data": {"filename": [str(folder / "a.h5ad"), str(folder / "b.h5ad")], "append_dataset_to_index": True},
-        "data_iter_factory": factory,
-    }
-    atlas = open_atlas(write_manifest(folder, config))
-    assert atlas.genes == ["g0", "g4"]
-    assert atlas.obs.index[[0, 59, 60, 119]].tolist() == [
-        "cell0-f0-nadig",
-        "cell59-f0-nadig",
-        "cell0-f1-nadig",
-        "cell59-f1-nadig",
-    ]
-    assert atlas.obs.dataset.unique().tolist() == ["nadig"]
-    np.testing.assert_allclose(atlas.expression(np.arange(120)), joined(["g0", "g4"])[:120], rtol=1e-6)
-    factory["feature_filter_path"] = str(folder / "genes.csv")
-    assert open_atlas(write_manifest(folder, config)).genes == ["g4", "g1"]
-    config["data"]["append_dataset_to_index"] = False
-    assert "cell names: found the cell 'cell0' in two files" in said(write_manifest(folder, config))
-
-
 @pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, np.asarray])
 @pytest.mark.parametrize("compression", [None, "gzip"])
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_every_storage_is_read_alike(folder, layout, compression, gzipped, monkeypatch):
+def test_every_storage_gives_the_same_cells(folder, layout, compression, gzipped, monkeypatch):
     # Blocks of a few rows, so that there are several.
     monkeypatch.setattr("primeflow_perturbench.data.counts.BLOCK_VALUES", 40)
     monkeypatch.setattr("primeflow_perturbench.data.counts.SLAB_VALUES", 100)
@@ -385,7 +355,7 @@ def test_every_storage_is_read_alike(folder, layout, compression, gzipped, monke
         np.testing.assert_array_equal(anndata.read_h5ad(p).X.toarray(), values)
 
 
-def test_a_changed_file_is_unpacked_again_elsewhere_if_asked(folder, tmp_path_factory):
+def test_changed_file_is_unpacked_again(folder, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     write_file(folder, "c", "target", logged(counts_of("c")), np.asarray, cell_type="H1", dose=1)
     open_atlas(folder / "manifest.yaml", cache_dir=cache)
@@ -397,22 +367,22 @@ def test_a_changed_file_is_unpacked_again_elsewhere_if_asked(folder, tmp_path_fa
     np.testing.assert_allclose(values[:, atlas.genes.index("g7")], 2 * logged(counts_of("c"))[:, 1], rtol=1e-6)
 
 
-def test_damaged_packed_files_are_refused(folder):
+def test_damaged_gzip_files_are_errors(folder):
     packed = gzip.compress((folder / "a.h5ad").read_bytes())
     manifest = change(folder, 0, path="a.h5ad.gz")
     for content, found in (
-        (packed[: len(packed) // 2], "a damaged gzip file (Compressed file ended"),
-        (packed[:400] + b"\0" * 400 + packed[800:], "a damaged gzip file ("),
+        (packed[: len(packed) // 2], "a damaged archive (Compressed file ended"),
+        (packed[:400] + b"\0" * 400 + packed[800:], "a damaged archive ("),
         (gzip.compress(b"no cells"), "a file that is not HDF5"),
     ):
         (folder / "a.h5ad.gz").write_bytes(content)
-        assert f"found {found}" in said(manifest)
+        assert f"found {found}" in error_of(manifest)
         assert {p.suffix for p in (folder / "unpacked").iterdir()} == {".lock"}
 
 
 def killed_halfway(path, cache):
     """Unpack and be killed while X is being written."""
-    slabs = unpacking.slabs
+    slabs = storage.slabs
 
     def until_killed(matrix):
         for number, slab in enumerate(slabs(matrix)):
@@ -420,11 +390,11 @@ def killed_halfway(path, cache):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield slab
 
-    unpacking.slabs = until_killed
+    storage.slabs = until_killed
     unpacked(path, cache)
 
 
-def test_a_file_left_by_a_killed_process_is_never_taken_and_goes(folder, monkeypatch):
+def test_file_of_a_killed_process_is_not_used_and_deleted(folder, monkeypatch):
     monkeypatch.setattr("primeflow_perturbench.data.counts.BLOCK_VALUES", 40)
     values = logged(counts_of("a"))
     write_file(folder, "a", "guide", values, sp.csr_matrix, "gzip", line="H1", dose=1)
@@ -442,19 +412,19 @@ def test_a_file_left_by_a_killed_process_is_never_taken_and_goes(folder, monkeyp
 
 
 def unpack_and_count(path, cache, barrier, results):
-    written, rewrite = [], unpacking._rewrite
+    written, rewrite = [], storage._rewrite
 
     def counted(*arguments):
         written.append(arguments)
         rewrite(*arguments)
 
-    unpacking._rewrite = counted
+    storage._rewrite = counted
     barrier.wait()
     made = unpacked(path, cache)
-    results.put((len(written), StoredRows(made).read(0, 60)[0].sum()))
+    results.put((len(written), StoredRows(made).read(np.arange(60)).sum()))
 
 
-def test_two_processes_at_once_unpack_a_file_once(folder):
+def test_two_processes_unpack_a_file_once(folder):
     values = logged(counts_of("a"))
     write_file(folder, "a", "guide", values, sp.csc_matrix, "gzip", line="H1", dose=1)
     context = multiprocessing.get_context("fork")
@@ -470,10 +440,10 @@ def test_two_processes_at_once_unpack_a_file_once(folder):
     np.testing.assert_allclose([total for _, total in said], values.sum(), rtol=1e-5)
 
 
-def test_the_check_goes_on_after_a_wrong_file(folder):
+def test_check_continues_after_an_invalid_file(folder):
     table, errors = check_atlas(folder / "manifest.yaml")
     assert errors == []
-    assert [list(column.cells)[-1] for column in table.columns][:5] == ["all", "180", "8", "6", "75"]
+    assert [str(list(column.cells)[-1]) for column in table.columns][:5] == ["all", "180", "8", "6", "75"]
     _, errors = check_atlas(change(folder, 0, control="x"))
     assert len(errors) == 1
     files = [{**entry, "perturbation_key": "nowhere"} for entry in DESCRIPTION["files"]]
@@ -481,32 +451,8 @@ def test_the_check_goes_on_after_a_wrong_file(folder):
     assert len(errors) == len(table.rows) == 3
 
 
-def test_rows_whose_numbers_lie_in_pieces_are_read_whole(tmp_path):
-    matrix = sp.random_array((300, 40), density=0.3, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
-    with h5py.File(tmp_path / "pieces.h5", "w") as file:
-        group = file.create_group("X")
-        group.attrs.update({"encoding-type": "csr_matrix", "shape": matrix.shape})
-        parts = {"data": matrix.data, "indices": matrix.indices}
-        for name, values in parts.items():
-            group.create_dataset(name, (0,), values.dtype, chunks=(70,), maxshape=(None,))
-        # Grown in turn, so that a chunk of the one lies between two of the other.
-        for start in range(0, matrix.nnz, 70):
-            for name, values in parts.items():
-                group[name].resize((min(start + 70, matrix.nnz),))
-                group[name][start:] = values[start : start + 70]
-            file.flush()
-        group["indptr"] = matrix.indptr
-        assert is_plain(group)
-    rows = StoredRows(tmp_path / "pieces.h5")
-    assert len(rows._data.starts) > 5
-    for start, stop in [(0, 300), (0, 1), (17, 17), (299, 300), (100, 203), (37, 290)]:
-        values, columns = rows.read(start, stop)
-        np.testing.assert_array_equal(values, matrix[start:stop].data)
-        np.testing.assert_array_equal(columns, matrix[start:stop].indices)
-
-
-def test_a_file_that_shrinks_is_refused(folder):
+def test_file_that_shrinks_is_an_error(folder):
     atlas = open_atlas(folder / "manifest.yaml")
     os.truncate(folder / "a.h5ad", 4096)
-    with pytest.raises(InputError, match="a.h5ad: found a file that has become shorter since it was opened"):
+    with pytest.raises(InputError, match="a.h5ad: found content that cannot be read"):
         atlas.expression(np.arange(60))

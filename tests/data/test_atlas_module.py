@@ -1,4 +1,4 @@
-"""What training gets of an atlas: the files' cells under the atlas's names, and refusals of what cannot be."""
+"""What training receives from an atlas."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from primeflow_perturbench.data.atlas.cells import open_atlas
-from primeflow_perturbench.data.atlas.module import AtlasDataModule, coded, labels_of
+from primeflow_perturbench.data.atlas.module import AtlasDataModule
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
 from primeflow_perturbench.simulation.atlas import simulate_atlas
@@ -23,7 +23,7 @@ TRANSFORM = {
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Path:
-    """Three files, 1,500 cells, genes that some of them lack."""
+    """Three files, 1,500 cells, and genes that some files lack."""
     folder = tmp_path_factory.mktemp("atlas")
     return simulate_atlas(folder, n_files=3, cells=1500, n_genes=80, n_perturbations=6, n_pairs=3).manifest
 
@@ -34,7 +34,7 @@ def obs(manifest) -> pd.DataFrame:
 
 
 def data_module(manifest: Path, **changed) -> AtlasDataModule:
-    """The data module, ready to train; ``data`` adds to the manifest."""
+    """The data module after setup. ``data`` adds settings to the manifest."""
     data = {"filename": manifest} | changed.pop("data", {})
     settings = {"block_size": 8, "val_fraction": 0.1, "loader": {"batch_size": 50}, "transform": TRANSFORM} | changed
     module = AtlasDataModule(data, **settings)
@@ -42,7 +42,7 @@ def data_module(manifest: Path, **changed) -> AtlasDataModule:
     return module
 
 
-def test_a_batch_holds_the_files_own_cells(manifest, obs):
+def test_batch_holds_the_cells_of_the_files(manifest, obs):
     module = data_module(manifest)
     batch = next(iter(module.train_dataloader()))
     atlas = open_atlas(manifest)
@@ -62,7 +62,7 @@ def test_a_batch_holds_the_files_own_cells(manifest, obs):
     assert batch.gene_names == module.train_iterator.gene_names == atlas.genes
 
 
-def test_the_vocabulary_is_what_one_file_of_these_cells_would_give(manifest, obs):
+def test_vocabulary_equals_that_of_a_single_file(manifest, obs):
     module = data_module(manifest)
     training = obs[(module.splits == "train").to_numpy()]
     labels = sorted(set(training["condition"]) - {"control"})
@@ -76,7 +76,7 @@ def test_the_vocabulary_is_what_one_file_of_these_cells_would_give(manifest, obs
     assert module.test_iterator is None
 
 
-def test_training_and_validation_share_no_cell_and_know_the_same_labels(manifest, obs):
+def test_training_and_validation_share_labels_but_no_cell(manifest, obs):
     module = data_module(manifest)
     train, val = module.train_iterator.cells, module.val_iterator.cells
     assert not set(train) & set(val)
@@ -92,7 +92,7 @@ def test_training_and_validation_share_no_cell_and_know_the_same_labels(manifest
 
 
 @pytest.mark.parametrize("balance", [{"dataset": 0, "condition": 0}, {"dataset": 1, "condition": 1}, {}])
-def test_an_epoch_balances_data_sets_and_conditions(manifest, obs, balance):
+def test_epoch_balances_data_sets_and_conditions(manifest, obs, balance):
     torch.manual_seed(0)
     module = data_module(manifest, balance=balance)
     names = [name for batch in module.train_dataloader() for name in batch.id]
@@ -112,7 +112,7 @@ def test_an_epoch_balances_data_sets_and_conditions(manifest, obs, balance):
     assert sizes.max() / sizes.min() > 2
 
 
-def test_genes_that_files_lack_are_nan_only_if_masked(manifest):
+def test_missing_genes_are_nan_only_if_masked(manifest):
     masked, zero = data_module(manifest), data_module(manifest, data={"missing": "zero"})
     assert masked.unmeasured_are_nan
     assert not zero.unmeasured_are_nan
@@ -122,7 +122,7 @@ def test_genes_that_files_lack_are_nan_only_if_masked(manifest):
     assert 0 < common.num_genes < 80
 
 
-def test_covariates_can_be_chosen_and_unknown_ones_are_refused(manifest):
+def test_covariates_can_be_chosen_and_unknown_ones_are_errors(manifest):
     assert list(data_module(manifest, covariate_keys=["cell_type"]).context["covariate_uniques"]) == ["cell_type"]
     with pytest.raises(InputError, match="covariate_keys names donor, but the covariates of the atlas are .*cell_type"):
         data_module(manifest, covariate_keys=["donor"])
@@ -138,17 +138,17 @@ def test_covariates_can_be_chosen_and_unknown_ones_are_refused(manifest):
         ({"val_fraction": 1.0}, "data.val_fraction must be above 0 and below 1, got 1.0"),
     ],
 )
-def test_settings_out_of_range_are_refused(manifest, changed, sentence):
+def test_settings_out_of_range_are_errors(manifest, changed, sentence):
     with pytest.raises(InputError, match=sentence):
         data_module(manifest, **changed)
 
 
-def test_a_test_is_refused(manifest):
+def test_testing_on_an_atlas_is_an_error(manifest):
     with pytest.raises(InputError, match="no cells to test on: pretrain with test=false"):
         data_module(manifest).setup("test")
 
 
-def test_narrowing_trains_on_one_context_and_on_the_test_perturbations_elsewhere(manifest, obs):
+def test_narrowing_trains_on_one_context_and_on_test_perturbations_elsewhere(manifest, obs):
     here = (obs["cell_type"] == "context0").to_numpy()
     labels = obs["condition"].astype(str)
     test = [name for name in labels[here].unique() if name in set(labels[~here]) - {"control"}][:1]
@@ -159,7 +159,7 @@ def test_narrowing_trains_on_one_context_and_on_the_test_perturbations_elsewhere
     assert set(module.splits) == {"train", "val", "test", "unused"}
 
 
-def test_a_held_out_pair_in_training_is_refused_whatever_the_manifest_calls_it(manifest, obs, tmp_path):
+def test_held_out_pair_in_training_is_an_error_in_any_spelling(manifest, obs, tmp_path):
     label = next(label for label in obs["condition"][obs["cell_type"] == "context0"].unique() if "+" in label)
     swapped = "+".join(reversed(label.split("+")))
     heldout = tmp_path / "heldout.csv"
@@ -170,7 +170,7 @@ def test_a_held_out_pair_in_training_is_refused_whatever_the_manifest_calls_it(m
     assert len(data_module(manifest, heldout=heldout).train_iterator)
 
 
-def test_a_continuous_covariate_stays_a_number(manifest, tmp_path):
+def test_continuous_covariate_stays_a_number(manifest, tmp_path):
     description = yaml.safe_load(manifest.read_text())
     description["covariates"].append("dose")
     for number, entry in enumerate(description["files"]):
@@ -184,17 +184,3 @@ def test_a_continuous_covariate_stays_a_number(manifest, tmp_path):
     expected = 0.5 * module.atlas.dataset_of[module.obs_df.index.get_indexer(batch.id)]
     assert batch.covariates["dose"].ravel().tolist() == expected.tolist()
     assert len(set(expected)) == 3
-
-
-def test_labels_and_numbers_of_columns():
-    values, labels = coded(pd.Series(pd.Categorical(["b", "a", "b"])))
-    assert labels[values].tolist() == ["b", "a", "b"]
-    values, labels = coded(pd.Series([1, 2]))
-    assert (values.dtype, labels) == (np.float32, None)
-
-
-def test_test_labels_come_from_a_list_or_a_file(tmp_path):
-    (tmp_path / "test.csv").write_text("g1\ng2\n")
-    assert labels_of(tmp_path / "test.csv") == labels_of(["g1", "g2"]) == ["g1", "g2"]
-    with pytest.raises(InputError, match="no list of test perturbations"):
-        labels_of(tmp_path / "missing.csv")

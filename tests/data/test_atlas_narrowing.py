@@ -1,4 +1,4 @@
-"""The narrowed split, and that no held-out cell gets into training under any spelling."""
+"""The narrowed split; no held-out cell gets into training under any spelling."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from primeflow_perturbench.cli import main
-from primeflow_perturbench.data.atlas.narrowing import canonical_labels, narrow, refuse_leaks, set_apart
+from primeflow_perturbench.data.atlas.narrowing import canonical_labels, check_leaks, narrow, set_apart
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv
 
@@ -26,17 +26,17 @@ def table(lines=("H1", "K562", "HepG2"), labels=LABELS, cells=4):
 
 
 def counts(obs, split):
-    """Cells of each line and label by split."""
+    """Number of cells by line, label and split."""
     return obs.astype(str).groupby(["cell_type", "condition", split.to_numpy()]).size().to_dict()
 
 
-def test_canonical_labels_have_sorted_parts_without_control():
+def test_canonical_labels_are_sorted_parts_without_control():
     given = pd.Series(["B+A", " a + b ", "control", "Control+A", "A+A", "control+control"])
     assert canonical_labels(given, "control", "+").tolist() == ["a\nb", "a\nb", "", "a", "a", ""]
     assert canonical_labels(pd.Series(["B+A"]), "control", None).tolist() == ["b+a"]
 
 
-def test_training_is_the_context_and_the_test_perturbations_elsewhere():
+def test_training_has_the_context_and_test_perturbations_elsewhere():
     obs = table()
     split = narrow(obs, context=H1, test=["A", "A+B"], val_fraction=0.3)
     (validated,) = set(obs.condition[split == "val"]) - {"control"}
@@ -51,7 +51,7 @@ def test_training_is_the_context_and_the_test_perturbations_elsewhere():
     assert sum(found.values()) == len(obs)
 
 
-def test_the_drawn_perturbations_are_the_seeds_and_measured_elsewhere():
+def test_validation_perturbations_depend_on_the_seed_and_are_measured_elsewhere():
     obs = table()
     obs = obs[~((obs.cell_type != "H1") & obs.condition.isin(["B", "C"]))]
     draws = {frozenset(obs.condition[narrow(obs, context=H1, test=["A"], seed=s) == "val"]) for s in range(6)}
@@ -60,7 +60,7 @@ def test_the_drawn_perturbations_are_the_seeds_and_measured_elsewhere():
     assert first.equals(again)
 
 
-def test_other_spellings_of_the_context_and_of_a_label_are_held_out_too():
+def test_other_spellings_of_context_and_label_are_held_out():
     obs = table(lines=["H1", "h1 ", "K562"], labels=[*LABELS, "B+A"])
     split = narrow(obs, context=H1, test=["A+B"], val_fraction=0.3)
     swapped = obs.condition == "B+A"
@@ -82,7 +82,7 @@ def test_other_spellings_of_the_context_and_of_a_label_are_held_out_too():
         ({"val_fraction": 0}, "val_fraction must be above 0 and below 1, got 0"),
     ],
 )
-def test_what_cannot_be_narrowed_is_said(given, sentence):
+def test_impossible_narrowing_is_an_error(given, sentence):
     with pytest.raises(InputError, match=sentence):
         narrow(table(), **{"context": H1, "test": ["A"]} | given)
 
@@ -91,7 +91,7 @@ HELDOUT = pd.DataFrame({"cell_type": ["H1", "H1", "H1"], "condition": ["A", "B+C
 
 
 def planted(line, label, dataset="private"):
-    """Cells that may be trained on, and three more."""
+    """Cells that may be in training, and three others."""
     fine = pd.DataFrame(
         [("K562", "A"), ("H1", "B"), ("H1", "C"), ("H1", "A+B"), ("H1", "control"), ("K562", "B+C")],
         columns=["cell_type", "condition"],
@@ -112,23 +112,23 @@ def planted(line, label, dataset="private"):
         ("H1", "control+A"),
     ],
 )
-def test_a_leaked_cell_is_found_and_named_in_any_spelling(line, label):
+def test_leaked_cell_is_found_in_any_spelling(line, label):
     sentence = re.escape(f"3 cells of held-out conditions would be trained on: 3 of condition {label!r}, cell_type")
     with pytest.raises(InputError, match=f"{sentence}.*dataset 'private'"):
-        refuse_leaks(planted(line, label), HELDOUT, context_keys=["cell_type"])
+        check_leaks(planted(line, label), HELDOUT, context_keys=["cell_type"])
 
 
 @pytest.mark.parametrize(("line", "label"), [("H1", "D"), ("K562", "A"), ("H1", "A+C"), ("H1", "control+B")])
-def test_parts_alone_other_contexts_and_controls_are_no_leak(line, label):
-    refuse_leaks(planted(line, label), HELDOUT, context_keys=["cell_type"])
+def test_single_parts_other_contexts_and_controls_are_not_leaks(line, label):
+    check_leaks(planted(line, label), HELDOUT, context_keys=["cell_type"])
 
 
-def test_a_leaked_pair_counts_in_every_context_where_there_are_no_contexts():
+def test_without_context_keys_a_held_out_label_leaks_from_any_context():
     with pytest.raises(InputError, match="4 cells of held-out conditions.*and 1 more"):
-        refuse_leaks(planted("K562", "A"), HELDOUT.iloc[:1], context_keys=[])
+        check_leaks(planted("K562", "A"), HELDOUT.iloc[:1], context_keys=[])
 
 
-def test_setting_apart_leaves_no_cell_of_the_context():
+def test_set_apart_uses_no_cell_of_the_context():
     obs = table(cells=100)
     split = set_apart(obs, context={"cell_type": "h1"}, heldout_fraction=0.1)
     assert set(split[obs.cell_type == "H1"]) == {"unused"}
@@ -136,7 +136,7 @@ def test_setting_apart_leaves_no_cell_of_the_context():
     assert set(shares.index) == {"train", "val", "test"}
     assert shares.val == pytest.approx(0.1, abs=0.03)
     assert shares.test == pytest.approx(0.1, abs=0.03)
-    with pytest.raises(InputError, match="all cells are of the context"):
+    with pytest.raises(InputError, match="all cells belong to the context"):
         set_apart(obs[obs.cell_type == "H1"], context=H1)
 
 
@@ -149,7 +149,7 @@ def call(monkeypatch, *arguments):
     return 0
 
 
-def test_the_command_writes_a_split_that_a_run_reads(tmp_path, monkeypatch, capsys):
+def test_command_writes_a_split_that_a_run_reads(tmp_path, monkeypatch, capsys):
     obs = table()
     ad.AnnData(np.zeros((len(obs), 1), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "cells.h5ad")
     (tmp_path / "one_a_line.csv").write_text("A\nA+B\n")

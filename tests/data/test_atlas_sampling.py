@@ -1,4 +1,4 @@
-"""Which cells make a batch: shares, one draw a cell, the same on two devices and when begun in the middle."""
+"""Batches of an atlas: balanced, one draw per cell, equal on two devices and after a restart."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from primeflow_perturbench.data.atlas.sampling import (
 )
 from primeflow_perturbench.errors import InputError
 
-# Two data sets of different size; conditions are mixed within a file, one of them rare, one in a fixed rhythm.
+# Two data sets of different size. Conditions are mixed within a file: one is periodic, one is rare.
 of_dataset = np.repeat([0, 1], [900, 300])
 of_condition = np.concatenate([np.arange(900) % 3 == 0, np.arange(300) % 30 == 0]).astype(np.int64)
 of_condition[[5, 250, 251]] = 2
@@ -42,13 +42,13 @@ def on_devices(monkeypatch, rank: int, world: int) -> None:
     monkeypatch.setattr(BlockBatches, "_devices", property(lambda self: (rank, world)))
 
 
-def test_blocks_are_consecutive_and_end_with_their_data_set():
+def test_blocks_end_where_the_data_set_changes():
     assert block_bounds(np.array([0, 0, 0, 0, 0, 1, 1, 2]), 2).tolist() == [0, 2, 4, 5, 7, 8]
     assert block_bounds(np.array([3]), 64).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("dataset", "condition"), [(1.0, 1.0), (0.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.25, 0.75)])
-def test_weights_share_an_epoch_out_as_the_formula_says(dataset, condition):
+def test_weights_follow_the_formula(dataset, condition):
     weights = cell_weights(of_dataset, of_condition, dataset, condition)
     assert weights.sum() == pytest.approx(N)
     sizes = {d: (of_dataset == d).sum() for d in (0, 1)}
@@ -63,7 +63,7 @@ def test_weights_share_an_epoch_out_as_the_formula_says(dataset, condition):
             assert found.sum() == pytest.approx(N * size**dataset / all_datasets * share)
 
 
-def test_proportional_shares_draw_every_cell_just_once():
+def test_proportional_shares_draw_every_cell_once():
     weights = cell_weights(of_dataset, of_condition, 1.0, 1.0)
     for seed in range(5):
         order = draw_epoch(block_bounds(of_dataset, 16), weights, np.random.default_rng(seed))
@@ -72,11 +72,11 @@ def test_proportional_shares_draw_every_cell_just_once():
 
 
 @pytest.mark.parametrize("line", [50, 10**6])
-def test_cells_are_drawn_as_often_as_their_weights_say(monkeypatch, line):
-    """Each cell over many epochs, also those of conditions in a fixed rhythm, and where the line is laid in pieces."""
+def test_mean_number_of_draws_equals_the_weight(monkeypatch, line):
+    """Also for periodic conditions, and when the line is built in pieces."""
     monkeypatch.setattr(sampling, "LINE", line)
     weights = cell_weights(of_dataset, of_condition, 0.5, 0.25)
-    assert weights.max() > sampling.MOST_VISITS  # the rare ones: drawn several times at a time
+    assert weights.max() > sampling.MAX_VISITS  # rare cells are drawn several times per visit
     assert weights.min() < 0.7
     bounds, epochs = block_bounds(of_dataset, 16), 400
     drawn = np.stack(
@@ -86,16 +86,16 @@ def test_cells_are_drawn_as_often_as_their_weights_say(monkeypatch, line):
         ]
     )
     assert (drawn.sum(1) == N).all()
-    # Draws of a cell vary no more than Poisson's.
+    # The number of draws varies no more than a Poisson variable.
     deviation = np.sqrt(np.maximum(weights, 1) / epochs)
     assert np.abs((drawn.mean(0) - weights) / deviation).max() < 5
-    # No epoch goes without a common condition.
+    # Frequent conditions occur in every epoch.
     for label in (0, 1):
         in_epoch = drawn[:, of_condition == label].sum(1)
         assert in_epoch.std() < 0.1 * in_epoch.mean()
 
 
-def test_a_visit_draws_no_cell_twice_unless_it_is_very_rare():
+def test_visit_draws_no_cell_twice():
     weights = cell_weights(of_dataset, of_condition, 0.0, 1.0)
     bounds = block_bounds(of_dataset, 16)
     assert 1.9 < weights.max() < 2.1
@@ -104,12 +104,12 @@ def test_a_visit_draws_no_cell_twice_unless_it_is_very_rare():
     edges = [0, *(np.flatnonzero(np.diff(block_of)) + 1), len(order)]
     visits = [order[first:last] for first, last in pairwise(edges)]
     twice = sum(len(visit) > len(set(visit)) for visit in visits)
-    # Two visits of a block may follow each other by chance, and then look like one.
+    # Two consecutive visits of one block look like one visit.
     assert twice <= 3
     assert len(visits) > 1.1 * (len(bounds) - 1)
 
 
-def test_an_epoch_depends_on_seed_and_epoch_alone():
+def test_epoch_depends_only_on_seed_and_epoch():
     first, same, other_seed, later = batches(), batches(), batches(seed=5), batches()
     later.set_epoch(1)
     expected = flat(first)
@@ -121,27 +121,27 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
         assert sorted(cells_of(different)) == sorted(cells_of(expected))
 
 
-def test_a_fetch_is_made_of_few_blocks_and_its_batches_are_mixed():
+def test_fetch_has_few_blocks_and_mixed_batches():
     (fetch, *_) = batches()
     cells = np.array(cells_of(fetch)) - 1000
     assert len(cells) == 150
-    assert len(np.unique(cells // 16)) < 20, "whole blocks"
-    assert all(len(set(np.array(batch) // 16)) > 5 for batch in fetch), "each batch from many of them"
+    assert len(np.unique(cells // 16)) < 20, "expected complete blocks"
+    assert all(len(set(np.array(batch) // 16)) > 5 for batch in fetch), "expected batches from many blocks"
 
 
 @pytest.mark.parametrize("begin", [0, 1, 3, 7, 23])
-def test_an_epoch_can_begin_at_any_batch(begin):
+def test_epoch_can_start_at_any_batch(begin):
     expected = flat(batches())
     resumed = batches()
     resumed.resume(0, begin)
     assert flat(resumed) == expected[begin:]
-    # Once: the epoch after it is whole.
+    # Only once: the next epoch is complete.
     resumed.set_epoch(1)
     assert len(flat(resumed)) == len(expected)
 
 
 @pytest.mark.parametrize("batch_size", [50, 70])
-def test_two_devices_see_together_what_one_sees(monkeypatch, batch_size):
+def test_two_devices_together_see_the_batches_of_one(monkeypatch, batch_size):
     weights = cell_weights(of_dataset, of_condition, 0.5, 0.5)
     expected = flat(batches(batch_size=batch_size, weights=weights))
     halves = []
@@ -153,7 +153,7 @@ def test_two_devices_see_together_what_one_sees(monkeypatch, batch_size):
         assert (together[0::2], together[1::2]) == (first, second)
 
 
-def test_a_last_batch_smaller_than_the_devices_leaves_none_without_a_cell(monkeypatch):
+def test_last_batch_smaller_than_the_number_of_devices_gives_each_a_cell(monkeypatch):
     last = []
     for rank in range(3):
         on_devices(monkeypatch, rank, 3)
@@ -162,7 +162,7 @@ def test_a_last_batch_smaller_than_the_devices_leaves_none_without_a_cell(monkey
     assert [len(batch) for batch in last] == [1, 1, 1]
 
 
-def test_validation_is_the_same_in_every_epoch():
+def test_validation_batches_are_the_same_in_every_epoch():
     fixed = batches(shuffle=False)
     first = flat(fixed)
     fixed.set_epoch(3)
@@ -170,8 +170,8 @@ def test_validation_is_the_same_in_every_epoch():
     assert first[0] != sorted(first[0])
 
 
-def test_validation_takes_whole_blocks_of_each_group():
-    """Sorted files: 40 blocks of each of three groups, a tenth of each."""
+def test_validation_takes_whole_blocks_of_each_group_evenly():
+    """Sorted files with 40 blocks of each of three groups: a tenth of each."""
     groups = np.repeat([0, 1, 2], 400)
     bounds = block_bounds(np.zeros(1200, int), 10)
     chosen = validation_cells(bounds, groups, [groups], 0.1, seed=3)
@@ -182,20 +182,20 @@ def test_validation_takes_whole_blocks_of_each_group():
     assert not np.array_equal(chosen, validation_cells(bounds, groups, [groups], 0.1, seed=4))
 
 
-def test_training_keeps_the_blocks_of_what_it_must_know():
+def test_training_keeps_blocks_with_rare_labels():
     groups, rare = np.zeros(100, int), np.zeros(100, int)
     rare[20:40] = 1
     bounds = block_bounds(groups, 10)
     for seed in range(20):
         chosen = validation_cells(bounds, groups, [groups, rare], 0.5, seed)
-        assert not chosen[20:40].all(), "two blocks alone have the label"
+        assert not chosen[20:40].all(), "only two blocks have the label"
         assert chosen.any()
     with pytest.raises(InputError, match=r"val_fraction=0.5 holds out 5 of 10 blocks .* lower data.block_size"):
         validation_cells(bounds, groups, [np.arange(100)], 0.5, seed=0)
 
 
 class Cells:
-    """Data set whose batches are tensors of their cells; remembers in which fetches it was asked."""
+    """Data set whose batches are tensors of their cells. It records the requested fetches."""
 
     def __init__(self):
         self.fetches = []
@@ -209,13 +209,13 @@ class Cells:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_gives_single_batches_in_order(num_workers):
+def test_loader_yields_single_batches_in_order(num_workers):
     loader = FetchLoader(Cells(), sampler=batches(), num_workers=num_workers)
     assert [batch.tolist() for batch in loader] == flat(batches())
     assert len(loader) == 24
 
 
-def test_the_next_fetch_is_read_while_one_is_used_and_no_more():
+def test_loader_reads_one_fetch_ahead():
     cells = Cells()
     iterator = iter(FetchLoader(cells, sampler=batches()))
     next(iterator)
@@ -223,7 +223,7 @@ def test_the_next_fetch_is_read_while_one_is_used_and_no_more():
     assert len(cells.fetches) <= 2
 
 
-def test_what_goes_wrong_while_reading_ahead_is_told():
+def test_error_while_reading_ahead_is_raised():
     class Broken(Cells):
         def __getitem__(self, fetch):
             raise InputError("cells.h5ad is gone")
