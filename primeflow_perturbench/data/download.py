@@ -1,7 +1,6 @@
 """Download the public PerturBench data sets: pinned to one commit, verified, unpacked and listed in a lock file."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -9,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 from rich.box import SIMPLE_HEAD
@@ -30,55 +29,31 @@ BUSY, STAGING = ".perturbench.busy", ".perturbench.download"
 ALL = "all"
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """A data set and its files in the repository."""
 
-    name: str
     description: str
     task: str
     files: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    """Files that are downloaded if the repository has them."""
 
 
 DATASETS = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset(
-            "norman19",
-            "CRISPRa with pairs, K562",
-            "unseen pairs",
-            files=("norman19_processed.h5ad.gz",),
-            optional=("norman19_split.csv",),
-        ),
-        Dataset(
-            "sciplex3",
-            "drugs, cancer lines",
-            "unseen lines",
-            files=("sciplex3_processed.h5ad.gz",),
-            optional=("sciplex3_split.csv",),
-        ),
-        Dataset(
-            "frangieh21",
-            "CRISPR, melanoma",
-            "unseen treatments",
-            ("frangieh21_split.csv", "frangieh21_processed.h5ad.gz"),
-        ),
-        Dataset(
-            "jiang24",
-            "CRISPRi with cytokines, cancer lines",
-            "unseen lines, cytokines",
-            ("jiang24_split.csv", "jiang24_processed.h5ad.gz"),
-        ),
-        Dataset("op3", "drugs, blood cells", "unseen cell types", ("op3_split.csv", "op3_processed.h5ad.gz")),
-        Dataset(
-            "mcfaline23",
-            "CRISPR with drugs, glioma lines",
-            "unseen lines, drugs",
-            ("mcfaline23_gxe_splits.tar.gz", "mcfaline23_gxe_processed.h5ad.gz"),
-        ),
-    )
+    "norman19": Dataset("CRISPRa with pairs, K562", "unseen pairs", ("norman19_processed.h5ad.gz",)),
+    "sciplex3": Dataset("drugs, cancer lines", "unseen lines", ("sciplex3_processed.h5ad.gz",)),
+    "frangieh21": Dataset(
+        "CRISPR, melanoma", "unseen treatments", ("frangieh21_split.csv", "frangieh21_processed.h5ad.gz")
+    ),
+    "jiang24": Dataset(
+        "CRISPRi with cytokines, cancer lines",
+        "unseen lines, cytokines",
+        ("jiang24_split.csv", "jiang24_processed.h5ad.gz"),
+    ),
+    "op3": Dataset("drugs, blood cells", "unseen cell types", ("op3_split.csv", "op3_processed.h5ad.gz")),
+    "mcfaline23": Dataset(
+        "CRISPR with drugs, glioma lines",
+        "unseen lines, drugs",
+        ("mcfaline23_gxe_splits.tar.gz", "mcfaline23_gxe_processed.h5ad.gz"),
+    ),
 }
 
 
@@ -123,11 +98,6 @@ class Lock:
         """Return whether a file lies unpacked in the folder with its recorded size."""
         return name in self.files and size_on_disk(self.target(name)) == self.files[name]["unpacked_size"]
 
-    def has_all(self, dataset: Dataset) -> bool:
-        """Return whether all files of a data set lie in the folder."""
-        # Optional files are downloaded first: if the others are here, an unrecorded one is not in the repository.
-        return all(map(self.has, (*(name for name in dataset.optional if name in self.files), *dataset.files)))
-
 
 def data_folder() -> Path:
     """Return the folder of the data: the environment variable PRIMEFLOW_DATA, or ``data``."""
@@ -166,24 +136,20 @@ def download(
         If a name is unknown, the hub cannot be reached or lacks a file, the revision differs from the folder's, a
         checksum is wrong, an archive is damaged, or the disk is full or not writable.
     """
-    datasets = _choose(names)
+    files = _files(names)
     folder = data_folder() if folder is None else Path(folder)
     console = console or Console(quiet=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / BUSY, timeout=0):
-            _download(datasets, Lock.read(folder), revision, force, keep, console)
+            _download(files, Lock.read(folder), revision, force, keep, console)
     except Timeout as error:
         raise InputError(
             f"{folder}: found another download into this folder, expected none; wait for its end"
         ) from error
     except OSError as error:
-        found = first_line(error) if error.strerror is None else error.strerror
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"{folder}: found the disk full, expected room for the data; free some, then repeat"
-            ) from error
-        raise InputError(f"{folder}: found {found}, expected a writable folder; give another --folder") from error
+        found, hint = error.strerror or first_line(error), "give another --folder, or free space if the disk is full"
+        raise InputError(f"{folder}: found {found!r}, expected a writable folder; {hint}") from error
 
 
 def dataset_table(
@@ -202,12 +168,10 @@ def dataset_table(
         table.add_column(heading, no_wrap=heading in ("name", "files"))
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("here", no_wrap=True)
-    for dataset in DATASETS.values():
-        files = [*(name for name in dataset.optional if name in remote), *dataset.files]
-        size = decimal(sum(remote[name].size for name in files if name in remote)) if remote else "?"
-        here = "yes" if lock.has_all(dataset) else "in part" if any(map(lock.has, files)) else "no"
-        unpacked = "\n".join(lock.target(name).name for name in files)
-        table.add_row(dataset.name, dataset.description, dataset.task, unpacked, size, here)
+    for name, (description, task, files) in DATASETS.items():
+        size = decimal(sum(remote[file].size for file in files if file in remote)) if remote else "?"
+        here = "yes" if all(map(lock.has, files)) else "in part" if any(map(lock.has, files)) else "no"
+        table.add_row(name, description, task, "\n".join(lock.target(file).name for file in files), size, here)
     return table, problem
 
 
@@ -223,7 +187,8 @@ def size_on_disk(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def _choose(names: Sequence[str]) -> list[Dataset]:
+def _files(names: Sequence[str]) -> list[str]:
+    """Return the files of data sets, each once."""
     for name in names:
         if name != ALL and name not in DATASETS:
             match = nearest(name, DATASETS)
@@ -231,41 +196,37 @@ def _choose(names: Sequence[str]) -> list[Dataset]:
             raise InputError(
                 f"data set {name!r}: found no such name, expected one of {', '.join(DATASETS)} or {ALL}{hint}"
             )
-    return [dataset for dataset in DATASETS.values() if ALL in names or dataset.name in names]
+    return [file for name, dataset in DATASETS.items() if name in names or ALL in names for file in dataset.files]
 
 
 def _download(
-    datasets: Sequence[Dataset], lock: Lock, revision: str | None, force: bool, keep: bool, console: Console
+    names: Sequence[str], lock: Lock, revision: str | None, force: bool, keep: bool, console: Console
 ) -> None:
     def report(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    names = [name for dataset in datasets for name in (*dataset.optional, *dataset.files)]
     if not force:
         for name in filter(lock.has, names):
             report(f"{lock.target(name)} is already there")
-        if revision is None and all(map(lock.has_all, datasets)):
+        names = [name for name in names if not lock.has(name)]
+        if not names and revision is None:
             return
+        for path in filter(Path.exists, map(lock.target, names)):
+            raise InputError(
+                f"{path}: found a file that {LOCK} does not record in this form, expected none; move it away, or "
+                "replace it with --force"
+            )
     commit, remote = _list_files(revision or lock.revision or "main")
     if lock.revision not in (None, commit):
         raise InputError(
             f"{lock.folder / LOCK}: found commit {lock.revision}, expected {commit}, which {revision!r} stands for; "
             "omit --revision to keep the commit of the folder, or give another --folder"
         )
-    names = [name for dataset in datasets for name in dataset.optional if name in remote]
-    names += [name for dataset in datasets for name in dataset.files]
     for name in names:
         if name not in remote:
             raise InputError(
                 f"{name}: found no such file in {REPOSITORY} at {hub_endpoint()}, commit {commit}, expected one; "
                 "give another --revision"
-            )
-    if not force:
-        names = [name for name in names if not lock.has(name)]
-        for path in filter(Path.exists, map(lock.target, names)):
-            raise InputError(
-                f"{path}: found a file that {LOCK} does not record in this form, expected none; move it away, or "
-                "replace it with --force"
             )
     _check_space(lock.folder, [remote[name] for name in names])
     # Pin the commit first, so that an interrupted download continues with it.
@@ -304,16 +265,8 @@ def _fetch(file: "RepoSibling", lock: Lock, keep: bool, console: Console) -> Non
 
     name, staging = file.rfilename, lock.folder / STAGING
     with _hub_errors(lock.revision):
-        packed = Path(
-            hf_hub_download(
-                REPOSITORY,
-                name,
-                repo_type="dataset",
-                revision=lock.revision,
-                local_dir=staging,
-                endpoint=hub_endpoint(),
-            )
-        )
+        settings = {"repo_type": "dataset", "revision": lock.revision, "endpoint": hub_endpoint()}
+        packed = Path(hf_hub_download(REPOSITORY, name, local_dir=staging, **settings))
     target = lock.target(name)
     unpacked = staging / target.name
     try:

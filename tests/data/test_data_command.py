@@ -174,8 +174,7 @@ def test_list_tells_sizes_and_what_is_here(hub, tmp_path, monkeypatch, capsys):
             "norman19_processed.h5ad.gz": gzip.compress(b"cells"),
             "frangieh21_split.csv": b"x" * 1_500_000,
             "frangieh21_processed.h5ad.gz": gzip.compress(b"cells") + bytes(2_000_000),
-            "sciplex3_split.csv": b"x" * 1_000,
-            "sciplex3_processed.h5ad.gz": b"x" * 7_000,
+            "sciplex3_processed.h5ad.gz": b"x" * 8_000,
         }
     )
     folder = ["--folder", tmp_path]
@@ -187,8 +186,7 @@ def test_list_tells_sizes_and_what_is_here(hub, tmp_path, monkeypatch, capsys):
     said = rows(capsys.readouterr().out)
     assert said["norman19"] == "CRISPRa with pairs, K562 unseen pairs norman19_processed.h5ad 25 bytes yes"
     assert said["frangieh21"].endswith("frangieh21_split.csv 3.5 MB in part")
-    assert said["sciplex3"].endswith("sciplex3_split.csv 8.0 kB no")
-    assert not [name for name in said if name.startswith("sciplex3_split")]
+    assert said["sciplex3"].endswith("sciplex3_processed.h5ad 8.0 kB no")
     assert set(said) > {"jiang24", "op3", "mcfaline23"}
 
 
