@@ -1,1 +1,1 @@
-"""Virtual Cell Challenge: output steps and official scorers."""
+"""Virtual Cell Challenge: the output that it expects, and its official scorers."""

@@ -1,6 +1,6 @@
-"""A process of its own that scores one row of a challenge's table, named by a JSON file on its command line.
+"""Process that scores one row of a challenge's table, as described by a JSON file on its command line.
 
-What hangs, crashes or takes all memory there leaves the caller alone; see `evaluation.challenge.scoring`.
+A library that hangs, crashes or exhausts the memory here leaves the caller unharmed, see `challenge.scoring`.
 """
 
 import json
@@ -14,34 +14,33 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from primeflow_perturbench.evaluation.challenge.profiles import BASELINE, PERFECT, PROFILES, REPLICATE
-from primeflow_perturbench.files import replacing
+from primeflow_perturbench.errors import first_line
+from primeflow_perturbench.evaluation.challenge.profiles import BASELINE, PERFECT, REPLICATE, VCC2025, VCC2026
+from primeflow_perturbench.files import write_json
 
 Values = dict[str, float]
 Table = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Do the job of the command line's JSON file and write its result, or why there is none, to the job's output."""
+    """Score the row of a job and write its values, or the error, to the job's output."""
     job = json.loads(Path(sys.argv[1]).read_text())
     try:
         values, per_condition = SCORERS[job["profile"]](job)
         answer = {"values": values, "per_condition": per_condition}
-    except Exception as error:  # whatever a library raises, the caller needs one sentence
-        reason = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
-        answer = {"error": f"{type(error).__name__}: {reason}"}
-    with replacing(job["output"]) as temporary:
-        temporary.write_text(json.dumps(answer))
+    except Exception as error:  # the caller reports whatever the library raises in one sentence
+        answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    write_json(job["output"], answer)
 
 
 def score_2025(job: Mapping[str, Any]) -> tuple[Values, Table]:
-    """Means and values by condition of cell-eval's metrics for the challenge of 2025."""
+    """Means, and values by condition, of cell-eval's metrics for the challenge of 2025."""
     from cell_eval import MetricsEvaluator, build_base_mean_adata
 
     columns = {"pert_col": job["perturbation_key"], "control_pert": job["control"]}
     measured = ad.read_h5ad(job["measured"])
     if job["row"] == BASELINE:
-        # `allow_discrete` here: log1p cells are taken for what they are, not looked at and transformed.
+        # With `allow_discrete` cell-eval takes log1p cells as given instead of guessing and transforming them.
         predicted = build_base_mean_adata(measured.copy(), **columns, allow_discrete=True)
     elif job["row"] == REPLICATE:
         predicted, measured = halves(measured, job["perturbation_key"], job["seed"])
@@ -63,7 +62,7 @@ def score_2025(job: Mapping[str, Any]) -> tuple[Values, Table]:
 
 
 def score_2026(job: Mapping[str, Any]) -> tuple[Values, Table]:
-    """Aggregates and values by condition of cell-eval2's metrics for the challenge of 2026."""
+    """Aggregates, and values by condition, of cell-eval2's metrics for the challenge of 2026."""
     from cell_eval2 import EvalConfig, aggregate_metrics, build_generic_baseline, compute_metrics
     from cell_eval2.anchor import compute_replicate_anchor
 
@@ -74,10 +73,10 @@ def score_2026(job: Mapping[str, Any]) -> tuple[Values, Table]:
         control=job["control"],
         device="cpu",
         num_threads=job["threads"],
-        # The engine decides digits: named, so that a GPU or another library in sight does not change it.
+        # Fixed, because the default depends on the hardware and packages found, and changes the digits.
         de=replace(preset.de, backend="scanpy"),
     )
-    names = [metric.name for metric in PROFILES["vcc2026"].metrics]
+    names = [metric.name for metric in VCC2026.metrics]
     if job["row"] == REPLICATE:
         _, anchor = compute_replicate_anchor(job["measured"], config=config, base_seed=job["seed"])
         values = dict(zip(anchor["metric"], anchor["replicate"], strict=True))
@@ -89,15 +88,15 @@ def score_2026(job: Mapping[str, Any]) -> tuple[Values, Table]:
         found = compute_metrics(predicted, job["measured"], config=config)
     means = aggregate_metrics(found)
     values = dict(zip(means["metric"], means["mean"], strict=True))
-    of_profile = found.to_pandas().query("metric in @names")
-    return {name: float(values[name]) for name in names}, of_profile.to_dict("records")
+    per_condition = found.to_pandas().query("metric in @names")
+    return {name: float(values[name]) for name in names}, per_condition.to_dict("records")
 
 
-SCORERS = {"vcc2025": score_2025, "vcc2026": score_2026}
+SCORERS = {VCC2025.name: score_2025, VCC2026.name: score_2026}
 
 
 def halves(cells: ad.AnnData, key: str, seed: int) -> tuple[ad.AnnData, ad.AnnData]:
-    """Two halves of the cells of each condition, disjoint and of one size; an odd cell is left out."""
+    """Two disjoint halves of equal size of the cells of each condition; an odd cell is left out."""
     rng = np.random.default_rng(seed)
     first, second = [], []
     for rows in pd.Series(np.arange(cells.n_obs)).groupby(cells.obs[key].to_numpy()).groups.values():

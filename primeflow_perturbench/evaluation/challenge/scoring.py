@@ -1,6 +1,7 @@
-"""Score predicted cells by a challenge's own library, each row of the table in a process of its own."""
+"""Score predicted cells with a challenge's own library, each row of the table in a separate process."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,27 +20,27 @@ from rich.console import Console
 from rich.table import Table
 
 from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
-from primeflow_perturbench.errors import InputError, quoted
-from primeflow_perturbench.evaluation.challenge.profiles import PREDICTION, PROFILES, ROWS, Profile, average
-from primeflow_perturbench.files import replacing
+from primeflow_perturbench.errors import InputError, counted, quoted
+from primeflow_perturbench.evaluation.challenge.profiles import PERFECT, PREDICTION, PROFILES, ROWS, Profile, average
+from primeflow_perturbench.files import replacing, write_json
 
 CHILD = "primeflow_perturbench.evaluation.challenge.child"
 
 
 @dataclass(frozen=True)
 class ChallengeTable:
-    """What a profile says of a prediction.
+    """Metrics of a prediction and of the rows beside it.
 
     Attributes
     ----------
     profile
         The profile.
     values
-        Metrics by row and name; a row that failed is not there.
+        Metrics by row and name, without the rows that failed.
     per_condition
         Columns row, perturbation, metric and value.
     failures
-        Rows that failed, with the reason.
+        Error of each row that failed.
     """
 
     profile: Profile
@@ -53,12 +54,12 @@ class ChallengeTable:
         return self.profile.scores(self.values)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each row and metric: row, metric, label, value and score, with the average score as a metric."""
-        scores, lines = self.scores, []
+        """One row per row and metric: row, metric, label, value and score; the average score counts as a metric."""
+        lines = []
         for row, values in self.values.items():
-            of_row = scores.get(row, {})
-            lines += [(row, m.name, m.label, values[m.name], of_row.get(m.name)) for m in self.profile.metrics]
-            lines.append((row, "average", "average score", None, average(of_row)))
+            scores = self.scores.get(row, {})
+            lines += [(row, m.name, m.label, values[m.name], scores.get(m.name)) for m in self.profile.metrics]
+            lines.append((row, "average", "average score", None, average(scores)))
         return pd.DataFrame(lines, columns=["row", "metric", "label", "value", "score"])
 
 
@@ -75,40 +76,46 @@ def evaluate_profile(
     seed: int = 0,
     output: str | None = None,
 ) -> ChallengeTable:
-    """Score a file of predicted cells against a file of measured ones, print the table, save it under ``output``.
+    """Score a file of predicted cells against a file of measured ones, and print and save the table.
 
-    Beside the prediction stand the mean of the measured perturbations, one half of the measured cells against the
+    The other rows of the table are the mean of the measured perturbations, one half of the measured cells against the
     other, and the measured cells themselves.
 
     Parameters
     ----------
+    predicted, measured
+        Paths of h5ad files.
     columns
-        Names of the perturbation column and of the control, by their keys in a training context.
+        ``perturbation_key`` and ``perturbation_control_value``.
     profile
         Key of `PROFILES`.
+    console
+        Prints the table.
     layers
-        Layers of the predicted and the measured file that hold the expression, ``None`` for X.
+        Layers of the predicted and the measured file with the expression; ``None`` for X.
     synthetic_controls
-        Whether predicted control cells are kept; otherwise the measured ones take their place.
+        Whether predicted control cells are kept; otherwise the measured ones replace them.
     timeout
         Seconds for each row.
     seed
         Seed of the baseline and of the halves.
+    output
+        Folder of the saved table; ``None`` does not save.
 
     Raises
     ------
     InputError
-        If the library is not installed, the files do not fit, or the prediction's own row fails; the others' failures
-        are said and leave the table without them.
+        If the library is not installed, the files do not match, or the row of the prediction fails. Other rows that
+        fail are left out with a warning.
     """
     chosen = PROFILES[profile]
-    refuse_without(chosen)
+    check_installed(chosen)
     key, control = columns["perturbation_key"], columns["perturbation_control_value"]
     cells = [
-        read_cells(name, layer, columns, chosen, with_controls=place == 1 or synthetic_controls)
-        for place, (name, layer) in enumerate(zip((predicted, measured), layers, strict=True))
+        read_cells(predicted, layers[0], columns, chosen, with_controls=synthetic_controls),
+        read_cells(measured, layers[1], columns, chosen, with_controls=True),
     ]
-    pair = aligned(*cells, (predicted, measured), key, control, synthetic_controls)
+    pair = align(*cells, (predicted, measured), key, control, synthetic_controls)
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / f"{name}.h5ad") for name in ("predicted", "measured")}
         for file, adata in zip(files.values(), pair, strict=True):
@@ -117,7 +124,8 @@ def evaluate_profile(
         table = score_rows(chosen, job, Path(folder), timeout, console)
     for row, reason in table.failures.items():
         if row != PREDICTION:
-            console.print(f"[yellow]warning:[/yellow] {chosen.name}, row {row!r}: {reason}", highlight=False)
+            console.print(f"[yellow]warning:[/yellow] {chosen.name}, row {row!r}:", end=" ", highlight=False)
+            console.print(reason, highlight=False, markup=False)
     if table.values:
         console.print(rich_table(table))
     if output is not None:
@@ -127,7 +135,7 @@ def evaluate_profile(
     return table
 
 
-def refuse_without(profile: Profile) -> None:
+def check_installed(profile: Profile) -> None:
     """Raise `InputError` if a module that a profile needs is not installed."""
     missing = [module for module in profile.modules if find_spec(module) is None]
     if missing:
@@ -140,7 +148,7 @@ def refuse_without(profile: Profile) -> None:
 def read_cells(
     path: str, layer: str | None, columns: Mapping[str, Any], profile: Profile, with_controls: bool
 ) -> ad.AnnData:
-    """Cells with nothing but their expression and their perturbation, checked to be what the profile expects."""
+    """Cells with their expression and perturbation alone, checked to contain what the profile expects."""
     adata = read_h5ad(path)
     key, control = columns["perturbation_key"], columns["perturbation_control_value"]
     findings = check_anndata(
@@ -158,42 +166,46 @@ def read_cells(
     return ad.AnnData(sp.csr_matrix(matrix, dtype="float32"), obs=obs, var=pd.DataFrame(index=adata.var_names))
 
 
-def aligned(
+def align(
     predicted: ad.AnnData, measured: ad.AnnData, names: tuple[str, str], key: str, control: str, synthetic: bool
 ) -> tuple[ad.AnnData, ad.AnnData]:
-    """Both files with the measured one's genes in its order and the same perturbations, controls by `synthetic`.
+    """Both files with the genes of the measured one in its order, and its control cells unless ``synthetic``.
 
     Raises
     ------
     InputError
-        If a gene or a perturbation is in one of them alone.
+        If only one of them has a gene or a perturbation.
     """
-    for what, of in (("gene", lambda cells: cells.var_names), ("perturbation", lambda cells: cells.obs[key].unique())):
-        sets = [{str(name) for name in of(cells)} - {control} for cells in (predicted, measured)]
+    pairs = {
+        "gene": [set(map(str, cells.var_names)) for cells in (predicted, measured)],
+        "perturbation": [set(cells.obs[key].unique()) - {control} for cells in (predicted, measured)],
+    }
+    for what, sets in pairs.items():
         for has, lacks in ((0, 1), (1, 0)):
             if more := sorted(sets[has] - sets[lacks]):
                 raise InputError(
-                    f"{names[has]} has {len(more)} {what}{'' if len(more) == 1 else 's'} that {names[lacks]} lacks, "
-                    f"{quoted(more)}; a challenge scores the same {what}s on both sides"
+                    f"{names[has]} has {counted(more, what)} that {names[lacks]} lacks, {quoted(more)}; a challenge "
+                    f"scores the same {what}s on both sides"
                 )
     predicted = predicted[:, measured.var_names]
     if not synthetic:
         perturbed, controls = (predicted.obs[key] != control).to_numpy(), (measured.obs[key] == control).to_numpy()
-        parts = [predicted[perturbed], measured[controls]]
-        predicted = ad.concat(parts, index_unique="-", join="inner")
+        predicted = ad.concat([predicted[perturbed], measured[controls]], index_unique="-", join="inner")
     return predicted.copy(), measured
 
 
 def score_rows(
     profile: Profile, job: Mapping[str, Any], folder: Path, timeout: float, console: Console
 ) -> ChallengeTable:
-    """Score every row of the table, one after another."""
+    """Score the rows of the table one after another."""
     values, failures, per_condition = {}, {}, []
     for number, row in enumerate(ROWS):
         with console.status(f"Scoring {row} with {profile.library}"):
             place = folder / str(number)
             place.mkdir()
-            answer = in_child({**job, "row": row, "folder": str(place), "threads": os.cpu_count() or 1}, place, timeout)
+            answer = run_child(
+                {**job, "row": row, "folder": str(place), "threads": os.cpu_count() or 1}, place, timeout
+            )
         if "error" in answer:
             failures[row] = answer["error"]
             continue
@@ -203,30 +215,30 @@ def score_rows(
     return ChallengeTable(profile, values, pd.DataFrame(per_condition, columns=columns), failures)
 
 
-def in_child(job: Mapping[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
-    """The child's answer, or ``{"error": sentence}`` if it ran out of time or ended without one."""
+def run_child(job: Mapping[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
+    """Answer of a child process, or ``{"error": sentence}`` if it runs out of time or ends without one."""
     request, result, log = folder / "job.json", folder / "answer.json", folder / "log.txt"
-    request.write_text(json.dumps({**job, "output": str(result)}))
+    write_json(request, {**job, "output": str(result)})
     with log.open("wb") as file:
-        # A session of its own, so that the workers that a library starts end with it.
+        # In a session of its own, so that processes that the library starts end with it.
         command = [sys.executable, "-m", CHILD, str(request)]
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
         try:
             status = child.wait(timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"not finished after {timeout:g} seconds; give more with --timeout, or fewer cells"}
+            return {"error": f"not finished after {timeout:g} seconds; allow more with --timeout, or use fewer cells"}
         finally:
-            end_group(child)
+            _kill_session(child)
     if result.is_file():
         return json.loads(result.read_text())
     if status < 0:
-        return {"error": f"the process was ended by {signal.Signals(-status).name}; memory may not have sufficed"}
+        return {"error": f"the process was killed by {signal.Signals(-status).name}, perhaps for lack of memory"}
     lines = log.read_text(errors="replace").strip().splitlines()
-    return {"error": f"the process ended with status {status}: {lines[-1] if lines else 'it said nothing'}"}
+    return {"error": f"the process ended with status {status}: {lines[-1] if lines else 'without output'}"}
 
 
-def end_group(child: subprocess.Popen) -> None:
-    """End a child and all that it has started."""
+def _kill_session(child: subprocess.Popen) -> None:
+    """Kill a child and all processes that it has started."""
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -236,9 +248,9 @@ def end_group(child: subprocess.Popen) -> None:
 
 
 def rich_table(table: ChallengeTable) -> Table:
-    """The table for a terminal: a line for each metric, value and score in brackets of each row."""
+    """Table for the terminal: one line per metric with the value, and the score in brackets, of each row."""
     scores, profile = table.scores, table.profile
-    one = "the best value" if profile.one == "perfect" else f"the {profile.one}"
+    one = "the best value" if profile.one == PERFECT else f"the {profile.one}"
     shown = Table(title=f"{profile.name} ({profile.library}): value (score; 0 the mean baseline, 1 {one})")
     shown.add_column("metric", no_wrap=True)
     for row in table.values:
@@ -256,25 +268,21 @@ def rich_table(table: ChallengeTable) -> Table:
 
 
 def save(table: ChallengeTable, folder: Path) -> None:
-    """Write ``PROFILE.csv``, ``PROFILE.json`` and ``PROFILE_per_condition.csv``."""
+    """Write PROFILE.csv, PROFILE_per_condition.csv and PROFILE.json."""
     name = table.profile.name
-    with replacing(folder / f"{name}.csv") as temporary:
-        table.frame().to_csv(temporary, index=False)
-    with replacing(folder / f"{name}_per_condition.csv") as temporary:
-        table.per_condition.to_csv(temporary, index=False)
-    whole = {
+    for stem, frame in ((name, table.frame()), (f"{name}_per_condition", table.per_condition)):
+        with replacing(folder / f"{stem}.csv") as temporary:
+            frame.to_csv(temporary, index=False)
+    content = {
         "profile": name,
         "library": table.profile.library,
-        "values": table.values,
-        "scores": table.scores,
+        "values": _without_nan(table.values),
+        "scores": _without_nan(table.scores),
         "failures": table.failures,
     }
-    with replacing(folder / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(without_nan(whole), indent=2) + "\n")
+    write_json(folder / f"{name}.json", content)
 
 
-def without_nan(value: Any) -> Any:
-    """Nested dictionaries with ``None`` for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and value != value else value
+def _without_nan(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """The same numbers with ``None`` for NaN, which JSON does not have."""
+    return {row: {key: None if math.isnan(x) else x for key, x in of.items()} for row, of in rows.items()}

@@ -1,4 +1,4 @@
-"""The steps of a challenge's output, from a run's configuration to the file that `primeflow predict` writes."""
+"""The challenge settings of a run reach the cells that `primeflow predict` writes."""
 
 import io
 import sys
@@ -8,15 +8,26 @@ import hydra
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from primeflow_perturbench.cli import main
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.evaluation.challenge.output import challenge_settings, challenge_steps, library_sizes
+from primeflow_perturbench.evaluation.challenge.output import (
+    ChallengeOutput,
+    challenge_settings,
+    challenge_steps,
+    library_sizes,
+)
+from primeflow_perturbench.evaluation.challenge.steps import ChallengeSteps
 from primeflow_perturbench.sampling.predict import predict_run
 
-CONTEXT = {"perturbation_key": "target_gene", "perturbation_control_value": "non-targeting"}
+CONTEXT = {
+    "perturbation_key": "target_gene",
+    "perturbation_control_value": "non-targeting",
+    "perturbation_combination_delimiter": "+",
+}
 NULL = dict.fromkeys(
     [
         "control_guidance",
@@ -34,7 +45,7 @@ OFF = [f"challenge.{step}=false" for step in ("control_guidance", "round_to", "k
 
 @pytest.fixture(scope="module")
 def screen_file(tmp_path_factory, screen_path):
-    """The small screen with the challenge's column and label, and raw counts of whole numbers as a layer."""
+    """The small screen with the column and control label of the challenge, and a layer of raw counts."""
     screen = ad.read_h5ad(screen_path)
     labels = screen.obs["condition"].astype(str).replace("control", "non-targeting")
     obs = pd.DataFrame({"target_gene": labels.astype("category"), "cell_type": screen.obs["cell_type"]})
@@ -54,7 +65,7 @@ def controls(screen_file):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, screen_file):
-    """Folder of a finished tiny run of the challenge's recipe."""
+    """Folder of a tiny finished run of the challenge's recipe."""
     folder = tmp_path_factory.mktemp("run")
     settings = [
         "experiment=vcc/2025",
@@ -81,7 +92,7 @@ def run(tmp_path_factory, screen_file):
 
 
 def predicted(run, folder, rows, *overrides):
-    """The file of cells of a table of (perturbation, number of cells) in one line, and what was said."""
+    """Expression by perturbation that a prediction of (perturbation, number of cells) writes."""
     folder.mkdir(exist_ok=True)
     table = pd.DataFrame(rows, columns=["target_gene", "n_cells"]).assign(cell_type="alpha")
     table.to_csv(folder / "table.csv", index=False)
@@ -106,8 +117,7 @@ def by_label(cells):
     return {label: cells[rows].to_df() for label, rows in groups.items()}
 
 
-def test_the_runs_own_steps_are_taken(run, tmp_path, controls):
-    """Cells as many as asked for, synthetic controls, whole counts at the controls' median, targets at 0."""
+def test_prediction_takes_the_steps_of_the_run(run, tmp_path, controls):
     cells = predicted(run, tmp_path, [("G0", 7), ("G1", 3)], "challenge.control_cells=11")
     assert {label: len(values) for label, values in cells.items()} == {"G0": 7, "G1": 3, "non-targeting": 11}
     kept = ["challenge.control_cells=11", "challenge.round_to=false", "challenge.knock_down=false"]
@@ -123,7 +133,7 @@ def test_the_runs_own_steps_are_taken(run, tmp_path, controls):
     assert len(default["non-targeting"]) == 200
 
 
-def test_each_step_moves_what_it_is_about(run, tmp_path):
+def test_each_step_changes_only_its_own_cells(run, tmp_path):
     rows = [("G0", 40), ("G1", 40), ("non-targeting", 40)]
     plain = predicted(run, tmp_path / "plain", rows, *OFF)
     down = predicted(run, tmp_path / "down", rows, *OFF, "challenge.knock_down=true")
@@ -140,7 +150,7 @@ def test_each_step_moves_what_it_is_about(run, tmp_path):
     assert (guided["non-targeting"].to_numpy() != plain["non-targeting"].to_numpy()).any()
 
 
-def test_raw_counts_have_the_controls_library_sizes_in_any_company(run, tmp_path, controls):
+def test_raw_counts_have_library_sizes_of_controls_whatever_else_is_predicted(run, tmp_path, controls):
     rows, count = [("G0", 40), ("G1", 33)], [*OFF[:3], "challenge.counts=true", "challenge.control_cells=false"]
     cells = predicted(run, tmp_path / "one", rows, *count)
     assert set(cells) == {"G0", "G1"}
@@ -154,7 +164,7 @@ def test_raw_counts_have_the_controls_library_sizes_in_any_company(run, tmp_path
     np.testing.assert_array_equal(other["G1"].to_numpy(), cells["G1"].to_numpy()[:12])
 
 
-def test_a_second_run_keeps_files_only_if_the_steps_are_the_same(run, tmp_path):
+def test_second_run_keeps_files_only_if_steps_are_equal(run, tmp_path):
     more = ["per_condition=true", "challenge.control_cells=false"]
     first = predicted(run, tmp_path, [("G0", 5)], *more, *OFF)
     again = predicted(run, tmp_path, [("G0", 5)], *more, *OFF, "challenge.knock_down=true")
@@ -162,16 +172,53 @@ def test_a_second_run_keeps_files_only_if_the_steps_are_the_same(run, tmp_path):
     assert not again["G0"]["G0"].any()
 
 
-def test_perturbations_without_a_gene_are_named(run, tmp_path, caplog):
+def test_perturbations_without_a_gene_are_logged(run, tmp_path, caplog):
     labels = [("G0", 2), ("G0+G1", 2)]
     cells = predicted(run, tmp_path, labels, "challenge.round_to=false", "challenge.control_cells=false")
-    # The recipe has no combinations, so that this label names no gene.
-    assert "1 perturbation as generated" in caplog.text
+    # The recipe has no combinations, so this label names no gene.
+    assert "1 perturbation unchanged" in caplog.text
     assert "'G0+G1'" in caplog.text
     assert cells["G0+G1"]["G0"].any()
 
 
-def test_settings_come_from_the_command_then_from_the_run():
+class FakeModel:
+    """Records what it is asked for; the cells of a condition (1,) hold its value."""
+
+    seed, condition_dropout, guidance, gene_names = 0, 0.1, 20.0, ["STAT1", "SRC", "MED12"]
+
+    def __init__(self):
+        self.asked = []
+
+    def stream(self, condition, counts):
+        self.asked.append((condition[:, 0].tolist(), counts.tolist(), self.guidance))
+        for row, n in enumerate(counts):
+            yield row, 0, torch.full((int(n), 3), float(condition[row, 0]))
+
+
+def test_controls_have_their_own_guidance():
+    model, labels = FakeModel(), ["STAT1", "SRC", "non-targeting", "STAT1+SRC", "non-targeting"]
+    condition, counts = torch.arange(5.0)[:, None], np.array([2, 1, 3, 1, 2])
+    output = ChallengeOutput.of({**NULL, "control_guidance": 5.0, "knock_down": True}, CONTEXT, labels, model)
+    blocks = list(output.stream(model, condition, counts))
+    assert model.asked == [([0, 1], [2, 1], 20.0), ([2], [3], 5.0), ([3], [1], 20.0), ([4], [2], 5.0)]
+    assert model.guidance == 20.0
+    assert [(row, len(block)) for row, _, block in blocks] == [(0, 2), (1, 1), (2, 3), (3, 1), (4, 2)]
+    assert [block[0].tolist() for _, _, block in blocks] == [[0, 0, 0], [1, 0, 1], [2, 2, 2], [0, 0, 3], [4, 4, 4]]
+    part = list(output.stream(model, condition[[1, 4]], counts[[1, 4]], rows=[1, 4]))
+    assert [(place, block[0].tolist()) for place, _, block in part] == [(0, [1, 0, 1]), (1, [4, 4, 4])]
+
+
+def test_targets_are_columns_of_genes_and_unknown_names_are_logged(caplog):
+    labels = ["SRC", "non-targeting", "MED12+STAT1", "SRC+lost", "away"]
+    output = ChallengeOutput.of({**NULL, "knock_down": True}, CONTEXT, labels, FakeModel())
+    assert [sorted(columns) for columns in output.targets] == [[1], [], [0, 2], [1], []]
+    assert output.controls == [False, True, False, False, False]
+    assert output.steps == ChallengeSteps(knock_down=True)
+    assert "2 perturbations unchanged" in caplog.text
+    assert "'lost', 'away'" in caplog.text
+
+
+def test_settings_of_the_command_override_those_of_the_run():
     run = OmegaConf.create(
         {"file": "a.h5ad", "challenge": {"round_to": "controls", "knock_down": True, "controls_path": "${file}"}}
     )
@@ -182,11 +229,11 @@ def test_settings_come_from_the_command_then_from_the_run():
     changed = OmegaConf.create({"challenge": {**NULL, "round_to": False, "control_guidance": 0, "counts": "none"}})
     expected = {**NULL, "control_guidance": 0, "knock_down": True, "controls_path": "a.h5ad"}
     assert challenge_settings(changed, run) == expected
-    with pytest.raises(InputError, match="sets challenge.rounding; known are control_guidance"):
+    with pytest.raises(InputError, match="sets the unknown challenge.rounding; known are control_guidance"):
         challenge_settings(plain, OmegaConf.create({"challenge": {"rounding": 1}}))
 
 
-def test_steps_are_what_the_settings_say(screen_file, controls):
+def test_steps_follow_settings(screen_file, controls):
     assert challenge_steps(NULL, CONTEXT, seed=0).record() == {}
     settings = {**NULL, "control_guidance": 5.0, "round_to": "controls", "target_sum": 5e4, "knock_down": True}
     settings |= {"counts": True, "controls_path": str(screen_file), "counts_layer": "counts"}
@@ -197,7 +244,7 @@ def test_steps_are_what_the_settings_say(screen_file, controls):
     assert challenge_steps({**NULL, "round_to": 700}, CONTEXT, seed=0).round_to == 700
 
 
-def test_bad_settings_and_controls_are_refused(screen_file, tmp_path):
+def test_bad_settings_and_controls_raise(screen_file, tmp_path):
     given = {**NULL, "counts": True, "controls_path": str(screen_file), "counts_layer": "counts"}
 
     def refused(**changes):
@@ -205,12 +252,12 @@ def test_bad_settings_and_controls_are_refused(screen_file, tmp_path):
             challenge_steps({**given, **changes}, CONTEXT, seed=0)
         return str(refusal.value)
 
-    assert "must be a number of counts, 'controls' or false, got 'median'" in refused(round_to="median")
-    assert "give challenge.controls_path=PATH" in refused(controls_path=None)
+    assert "must be a library size, 'controls' or false, got 'median'" in refused(round_to="median")
+    assert "set challenge.controls_path=PATH" in refused(controls_path=None)
     assert "no such file" in refused(controls_path=str(tmp_path / "absent.h5ad"))
     assert "has no layer 'raw', its layers are 'counts'" in refused(counts_layer="raw")
     assert "expected raw counts" in refused(counts_layer=None)
     with pytest.raises(InputError, match="has no obs column 'guide'"):
         library_sizes(given, {**CONTEXT, "perturbation_key": "guide"})
-    with pytest.raises(InputError, match="has no cell labelled 'NTC'"):
+    with pytest.raises(InputError, match="found no cell with target_gene = 'NTC'"):
         library_sizes(given, {**CONTEXT, "perturbation_control_value": "NTC"})

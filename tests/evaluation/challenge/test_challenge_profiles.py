@@ -1,3 +1,5 @@
+"""Scores lie between the baseline and the row that scores 1, and agree with the official scorers."""
+
 import math
 
 import pytest
@@ -6,19 +8,19 @@ from primeflow_perturbench.evaluation.challenge.profiles import (
     BASELINE,
     PERFECT,
     PREDICTION,
-    PROFILES,
     REPLICATE,
+    VCC2025,
+    VCC2026,
     Metric,
     average,
 )
 
-VCC2025, VCC2026 = PROFILES["vcc2025"], PROFILES["vcc2026"]
-# Baseline, replicate and values from far below the one to far above the other.
+# Values of baseline and replicate by metric, and values to score, from far below the one to far above the other.
 ENDS = {metric.name: (0.4, 0.7) if metric.best else (0.9, 0.3) for metric in VCC2026.metrics}
 TRIED = [-0.2, 0.0, 0.1, 0.35, 0.55, 0.8, 1.0, 1.7, 9.0, math.nan]
 
 
-def test_a_score_is_the_way_from_the_baseline_to_one():
+def test_score_is_position_between_baseline_and_one():
     metric = Metric("m", "M", best=1.0)
     assert metric.score(0.4, 0.4, 0.8) == 0
     assert metric.score(0.8, 0.4, 0.8) == 1
@@ -31,12 +33,12 @@ def test_a_score_is_the_way_from_the_baseline_to_one():
     assert error.score(-0.6, 0.6, 0.0) == 1.2
 
 
-def test_a_missing_value_counts_as_the_worst():
+def test_missing_value_counts_as_the_worst():
     assert Metric("m", "M", best=1.0).score(math.nan, 0.4, 0.8) == pytest.approx(-1)
     assert Metric("e", "E", best=0.0, low=-6.0).score(math.nan, 0.4, 0.2) == -6
 
 
-def test_without_a_scale_there_is_no_score():
+def test_no_score_without_a_scale():
     assert math.isnan(Metric("m", "M", best=1.0).score(0.5, 0.4, 0.4))
     values = {PREDICTION: {metric.name: 0.5 for metric in VCC2026.metrics}}
     assert VCC2026.scores(values) == {}
@@ -46,7 +48,7 @@ def test_without_a_scale_there_is_no_score():
     assert math.isnan(average({"a": math.nan}))
 
 
-def test_the_rows_of_the_scale_score_0_and_1():
+def test_rows_of_the_scale_score_zero_and_one():
     values = {BASELINE: {}, REPLICATE: {}}
     for name, (low, high) in ENDS.items():
         values[BASELINE][name], values[REPLICATE][name] = low, high
@@ -58,7 +60,7 @@ def test_the_rows_of_the_scale_score_0_and_1():
     assert set(VCC2025.scores({BASELINE: baseline, PERFECT: best})[PERFECT].values()) == {1.0}
 
 
-def test_the_scores_of_2026_are_those_of_cell_eval2():
+def test_scores_of_2026_equal_those_of_cell_eval2():
     catalog = pytest.importorskip("cell_eval2.catalog", reason="cell-eval2 comes with the extra vcc")
     from dataclasses import replace
 
@@ -73,7 +75,7 @@ def test_the_scores_of_2026_are_those_of_cell_eval2():
             assert metric.score(value, low, high) == pytest.approx(score_one(value, low, policy)), (metric.name, value)
 
 
-def test_the_scores_of_2025_are_those_of_cell_eval():
+def test_scores_of_2025_equal_those_of_cell_eval():
     cell_eval = pytest.importorskip("cell_eval", reason="cell-eval comes with the extra vcc")
     import polars as pl
 

@@ -1,4 +1,4 @@
-"""`primeflow evaluate --profile`: files that fit, a child that cannot take its caller with it, tables."""
+"""`primeflow evaluate --profile` aligns two files, isolates the scorer in a process and saves its table."""
 
 import json
 import sys
@@ -17,12 +17,12 @@ from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge import scoring
 from primeflow_perturbench.evaluation.challenge.child import halves
 from primeflow_perturbench.evaluation.challenge.profiles import BASELINE, PERFECT, PREDICTION, PROFILES, REPLICATE
-from primeflow_perturbench.evaluation.challenge.scoring import aligned, evaluate_profile, in_child, read_cells
+from primeflow_perturbench.evaluation.challenge.scoring import align, evaluate_profile, read_cells, run_child
 from primeflow_perturbench.simulation.screen import Screen
 from primeflow_perturbench.simulation.settings import ScreenSpec
 
 COLUMNS = {"perturbation_key": "target_gene", "covariate_keys": [], "perturbation_control_value": "non-targeting"}
-# Enough DE genes that the gates of 2026 admit every perturbation, also in a half of the cells.
+# Enough DE genes that the scorer of 2026 accepts every perturbation, even in half of the cells.
 SPEC = ScreenSpec(
     n_genes=100,
     n_perturbations=4,
@@ -35,7 +35,7 @@ SPEC = ScreenSpec(
 
 
 def as_challenge(adata: ad.AnnData) -> ad.AnnData:
-    """A simulated screen with the challenge's column and label."""
+    """A simulated screen with the column and control label of the challenge."""
     labels = adata.obs["condition"].astype(str).replace("control", "non-targeting")
     return ad.AnnData(
         adata.X,
@@ -66,7 +66,7 @@ def silent():
     return Console(quiet=True)
 
 
-def test_halves_share_no_cell_and_have_as_many_of_each_condition(cells):
+def test_halves_are_disjoint_and_of_equal_size_in_each_condition(cells):
     cells = cells[np.r_[0 : cells.n_obs - 1]]
     first, second = halves(cells, "target_gene", seed=0)
     assert not set(first.obs_names) & set(second.obs_names)
@@ -80,10 +80,10 @@ def test_halves_share_no_cell_and_have_as_many_of_each_condition(cells):
 
 
 @pytest.mark.parametrize("synthetic", [False, True])
-def test_genes_come_in_the_measured_order_and_controls_from_the_measured_cells(cells, synthetic):
+def test_genes_follow_measured_order_and_controls_are_measured_ones(cells, synthetic):
     predicted = cells[::-1, ::-1].copy()
     predicted.X = predicted.X * 2
-    pair = aligned(predicted, cells, ("p", "m"), "target_gene", "non-targeting", synthetic)
+    pair = align(predicted, cells, ("p", "m"), "target_gene", "non-targeting", synthetic)
     assert list(pair[0].var_names) == list(cells.var_names)
     assert (pair[0].obs["target_gene"].value_counts() == cells.obs["target_gene"].value_counts()).all()
     for label, factor in (("G0", 2), ("non-targeting", 2 if synthetic else 1)):
@@ -91,15 +91,15 @@ def test_genes_come_in_the_measured_order_and_controls_from_the_measured_cells(c
         np.testing.assert_allclose(sums[0], factor * sums[1], rtol=1e-5)
 
 
-def test_files_that_do_not_fit_are_refused(cells):
+def test_files_with_different_genes_or_perturbations_raise(cells):
     genes, perturbations = cells[:, 1:].copy(), cells[cells.obs["target_gene"] != "G2"].copy()
     with pytest.raises(InputError, match="m has 1 gene that p lacks, 'G0'; a challenge scores the same genes"):
-        aligned(genes, cells, ("p", "m"), "target_gene", "non-targeting", False)
+        align(genes, cells, ("p", "m"), "target_gene", "non-targeting", False)
     with pytest.raises(InputError, match="p has 1 perturbation that m lacks, 'G2'"):
-        aligned(cells, perturbations, ("p", "m"), "target_gene", "non-targeting", False)
+        align(cells, perturbations, ("p", "m"), "target_gene", "non-targeting", False)
 
 
-def test_expression_is_what_the_profile_says_or_refused(measured, tmp_path, cells):
+def test_expression_of_the_wrong_kind_raises(measured, tmp_path, cells):
     log1p, counts = PROFILES["vcc2025"], PROFILES["vcc2026"]
     np.testing.assert_allclose(read_cells(str(measured), None, COLUMNS, log1p, True).X.toarray(), cells.X.toarray())
     read = read_cells(str(measured), "counts", COLUMNS, counts, True)
@@ -126,7 +126,7 @@ if what == "crash":
     os.kill(os.getpid(), signal.SIGSEGV)
 if what == "status":
     sys.exit("out of patience")
-if what == job.get("row"):
+if what == job.get("row"):  # this row hangs
     time.sleep(60)
 values = dict.fromkeys(job["names"], 0.5) if "names" in job else {"threads": job["threads"]}
 json.dump({"values": values, "per_condition": []}, open(job["output"], "w"))
@@ -135,45 +135,45 @@ json.dump({"values": values, "per_condition": []}, open(job["output"], "w"))
 
 @pytest.fixture
 def fake_child(tmp_path, monkeypatch):
-    """A child that does what the job's ``what`` says."""
+    """A child process that behaves as the job's ``what`` says."""
     (tmp_path / "fake_child.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(scoring, "CHILD", "fake_child")
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be collected does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def test_a_child_answers(fake_child, tmp_path):
-    assert in_child({"what": "answer", "threads": 3}, tmp_path, 30)["values"] == {"threads": 3}
+def test_answer_of_child_is_returned(fake_child, tmp_path):
+    assert run_child({"what": "answer", "threads": 3}, tmp_path, 30)["values"] == {"threads": 3}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_child_that_hangs_is_ended_with_its_workers(fake_child, tmp_path):
-    answer = in_child({"what": "hang", "pid": str(tmp_path / "pid")}, tmp_path, 1.5)
+def test_hanging_child_is_killed_with_its_workers(fake_child, tmp_path):
+    answer = run_child({"what": "hang", "pid": str(tmp_path / "pid")}, tmp_path, 1.5)
     assert answer["error"].startswith("not finished after 1.5 seconds")
     worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
-    while alive(worker):  # which the kernel ends in its own time
+    while alive(worker):  # the kernel kills it with a delay
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("what", "said"), [("crash", "SIGSEGV"), ("status", "status 1: out of patience")])
-def test_a_child_that_ends_without_an_answer_is_one_sentence(fake_child, tmp_path, what, said):
-    assert said in in_child({"what": what}, tmp_path, 30)["error"]
+def test_child_that_dies_gives_one_sentence(fake_child, tmp_path, what, said):
+    assert said in run_child({"what": what}, tmp_path, 30)["error"]
 
 
-def test_a_row_that_fails_leaves_the_others(fake_child, tmp_path, monkeypatch, measured, capsys):
-    monkeypatch.setattr(scoring, "refuse_without", lambda profile: None)
+def test_failed_row_is_left_out_with_a_warning(fake_child, tmp_path, monkeypatch, measured, capsys):
+    monkeypatch.setattr(scoring, "check_installed", lambda profile: None)
     names = [metric.name for metric in PROFILES["vcc2025"].metrics]
-    usual = scoring.in_child
+    usual = scoring.run_child
     monkeypatch.setattr(
-        scoring, "in_child", lambda job, *rest: usual({**job, "what": REPLICATE, "names": names}, *rest)
+        scoring, "run_child", lambda job, *rest: usual({**job, "what": REPLICATE, "names": names}, *rest)
     )
     console = Console(width=200)
     args = (str(measured), str(measured), COLUMNS, "vcc2025", console)
@@ -186,20 +186,20 @@ def test_a_row_that_fails_leaves_the_others(fake_child, tmp_path, monkeypatch, m
     assert kept["values"][PREDICTION] == dict.fromkeys(names, 0.5)
     assert len(pd.read_csv(tmp_path / "out" / "vcc2025.csv")) == 3 * 4
     monkeypatch.setattr(
-        scoring, "in_child", lambda job, *rest: usual({**job, "what": PREDICTION, "names": names}, *rest)
+        scoring, "run_child", lambda job, *rest: usual({**job, "what": PREDICTION, "names": names}, *rest)
     )
     with pytest.raises(InputError, match="vcc2025 could not score .*measured.h5ad: not finished after 2 seconds"):
         evaluate_profile(*args, timeout=2)
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+def test_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(scoring, "find_spec", lambda module: None if module == "pdex" else SimpleNamespace())
     with pytest.raises(InputError, match=r"needs cell-eval, but the module pdex .* 'primeflow-perturbench\[vcc\]'"):
-        scoring.refuse_without(PROFILES["vcc2025"])
-    scoring.refuse_without(PROFILES["vcc2026"])
+        scoring.check_installed(PROFILES["vcc2025"])
+    scoring.check_installed(PROFILES["vcc2026"])
 
 
-def test_a_challenge_has_no_covariates(monkeypatch, capsys, measured):
+def test_challenge_takes_no_covariates(monkeypatch, capsys, measured):
     files = ["primeflow", "evaluate", str(measured), str(measured), "--profile", "vcc2025"]
     monkeypatch.setattr(sys, "argv", [*files, "--covariate-keys", "cell_type"])
     with pytest.raises(SystemExit):
@@ -208,7 +208,7 @@ def test_a_challenge_has_no_covariates(monkeypatch, capsys, measured):
 
 
 def scored(monkeypatch, folder, predicted, measured, profile, *more):
-    """The table that the command writes, values and scores by row and metric."""
+    """Values and scores by row and metric that the command writes."""
     names = ["--perturbation-key", "target_gene", "--control", "non-targeting", "--profile", profile]
     argv = ["primeflow", "evaluate", str(predicted), str(measured), *names, "--output", str(folder), *more]
     monkeypatch.setattr(sys, "argv", argv)
@@ -218,8 +218,7 @@ def scored(monkeypatch, folder, predicted, measured, profile, *more):
 
 
 @pytest.mark.slow
-def test_2025_measured_cells_are_perfect_and_the_baseline_scores_0(monkeypatch, tmp_path, measured, cells):
-    """Each row is checked against what its definition says of it, the baseline's errors against numpy."""
+def test_2025_measured_cells_are_perfect_and_baseline_scores_zero(monkeypatch, tmp_path, measured, cells):
     pytest.importorskip("cell_eval", reason="cell-eval comes with the extra vcc")
     values, scores = scored(monkeypatch, tmp_path, measured, measured, "vcc2025")
     assert list(values.loc[PREDICTION]) == list(values.loc[PERFECT])
@@ -233,12 +232,12 @@ def test_2025_measured_cells_are_perfect_and_the_baseline_scores_0(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_2026_measured_cells_are_perfect_and_the_scale_is_the_replicates(monkeypatch, tmp_path, measured):
+def test_2026_measured_cells_are_perfect_and_replicate_scores_one(monkeypatch, tmp_path, measured):
     pytest.importorskip("cell_eval2", reason="cell-eval2 comes with the extra vcc")
     layers = ["--predicted-layer", "counts", "--measured-layer", "counts"]
     values, scores = scored(monkeypatch, tmp_path, measured, measured, "vcc2026", *layers)
     best = {metric.name: metric.best for metric in PROFILES["vcc2026"].metrics}
-    # Noise that is subtracted from a distance of 0 leaves less than 0; the score is cut.
+    # The metric subtracts noise from a distance of 0 and becomes negative; the score is clipped.
     signed = "expr_mse_unbiased_capped_norm"
     assert values.loc[PERFECT].drop(signed).to_dict() == pytest.approx({n: b for n, b in best.items() if n != signed})
     assert scores.loc[PERFECT, signed] == 1

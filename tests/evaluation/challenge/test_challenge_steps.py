@@ -1,25 +1,24 @@
+"""The steps of a challenge's output act on cells as documented, and each can be left out."""
+
 import numpy as np
 import pytest
 import torch
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.evaluation.challenge.cells import (
+from primeflow_perturbench.evaluation.challenge.steps import (
     ChallengeSteps,
     cell_generator,
     knock_down,
-    normalise,
+    normalize,
     raw_counts,
     round_at_depth,
-    strange_targets,
-    target_columns,
 )
 
-CONTEXT = {"perturbation_combination_delimiter": "+", "perturbation_control_value": "non-targeting"}
 CONDITION = torch.tensor([0.0, 1.0, 0.0])
 
 
 def cells(n=6, genes=40, seed=0):
-    """Log1p expression, a third of it zero."""
+    """Log1p expression, about a third of it zero."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy((rng.gamma(0.5, 3.0, (n, genes)) * (rng.random((n, genes)) > 0.3)).astype(np.float32))
 
@@ -28,8 +27,7 @@ def generators(n, seed=0, first=0):
     return [cell_generator(seed, CONDITION, first + index) for index in range(n)]
 
 
-def test_rounding_is_that_of_the_challenge():
-    """Undo the logarithm, scale to the depth, round, scale back, take the logarithm."""
+def test_rounding_scales_to_depth_rounds_and_scales_back():
     x = cells().double()
     counts = np.rint(np.expm1(x.numpy()) / np.expm1(x.numpy()).sum(1, keepdims=True) * 500)
     expected = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
@@ -38,72 +36,61 @@ def test_rounding_is_that_of_the_challenge():
     assert round_at_depth(cells(), 500, 1e4).dtype == torch.float32
 
 
-def test_what_was_rounded_stays():
-    """Whole counts with the depth as their total are those of measured cells, and rounding changes nothing."""
+def test_rounding_keeps_whole_counts_at_that_depth():
     counts = torch.tensor([[3.0, 0, 7], [1, 1, 8], [10, 0, 0]])
-    x = normalise(counts, 1e4).log1p()
+    x = normalize(counts, 1e4).log1p()
     torch.testing.assert_close(round_at_depth(x, 10, 1e4), x)
 
 
-def test_a_cell_without_expression_stays_empty():
+def test_cell_without_expression_stays_empty():
     empty = torch.zeros(2, 4)
     assert not round_at_depth(empty, 500, 1e4).any()
     assert not raw_counts(empty, torch.tensor([50.0]), generators(2)).any()
 
 
-def test_knock_down_zeroes_the_targets_alone():
+def test_knock_down_sets_only_targets_to_zero():
     x = cells() + 1
     silenced = knock_down(x, [3, 7])
     expected = x.clone()
     expected[:, 3] = expected[:, 7] = 0
     assert torch.equal(silenced, expected)
     assert torch.equal(knock_down(x, []), x)
-    assert (x > 0).all(), "the cells that came in are changed"
+    assert (x > 0).all(), "the input is changed"
 
 
-def test_targets_of_labels():
-    genes = ["STAT1", "SRC", "MED12"]
-    labels = ["SRC", "non-targeting", "MED12+STAT1", "SRC+lost", "away"]
-    columns, strange = target_columns(labels, genes, CONTEXT)
-    assert columns == [[1], [], [2, 0], [1], []]
-    assert strange == ["lost", "away"]
-    assert "2 perturbations" in strange_targets(strange)
-    assert "'lost', 'away'" in strange_targets(strange)
-
-
-def test_counts_are_the_expected_ones_in_the_mean():
+def test_mean_of_raw_counts_is_expected_count():
     x = cells(n=1).expand(6000, -1)
     counts = raw_counts(x, torch.tensor([300.0]), generators(6000)).numpy()
     expected = np.expm1(x[0].double().numpy())
     expected *= 300 / expected.sum()
-    # Each count is the whole number below or above; its mean has the error of a mean of 6000 such draws.
+    # Each count is the whole number below or above; the tolerance is that of a mean of 6000 such draws.
     assert (np.abs(counts - expected) < 1).all()
     part = expected % 1
     error = np.sqrt(part * (1 - part) / 6000)
     assert (np.abs(counts.mean(0) - expected) <= 4.5 * error + 1e-9).all()
-    # Plain rounding misses them: genes below half a count would be silent.
+    # Plain rounding would not pass: genes below half a count would be zero.
     assert (np.abs(np.rint(expected) - expected) > 4.5 * error + 1e-9).mean() > 0.3
 
 
-def test_library_sizes_are_the_pools():
+def test_library_sizes_are_drawn_from_the_given_ones():
     pool = torch.tensor([100.0, 100.0, 1000.0])
     totals = raw_counts(cells(n=1).expand(1500, -1), pool, generators(1500)).sum(1)
     high = totals > 500
-    # Rounding moves a total by less than one count a gene.
+    # Rounding changes a total by less than one count per gene.
     assert ((totals - torch.where(high, 1000.0, 100.0)).abs() < 40).all()
     assert high.float().mean() == pytest.approx(1 / 3, abs=0.05)
 
 
-def test_no_cell_has_more_than_the_most_counts():
+def test_no_cell_exceeds_the_limit_of_counts():
     x = cells(n=200)
-    free = raw_counts(x, torch.tensor([5000.0]), generators(200), most=100_000).sum(1)
-    capped = raw_counts(x, torch.tensor([5000.0]), generators(200), most=1000).sum(1)
+    free = raw_counts(x, torch.tensor([5000.0]), generators(200), limit=100_000).sum(1)
+    capped = raw_counts(x, torch.tensor([5000.0]), generators(200), limit=1000).sum(1)
     assert (free > 4900).all()
     assert (capped <= 1000).all()
     assert (capped > 950).all()
 
 
-def test_counts_are_whole_numbers_that_depend_on_seed_condition_and_index_alone():
+def test_raw_counts_depend_on_seed_condition_and_index_alone():
     x, pool = cells(n=8), torch.arange(200.0, 300.0)
     steps = ChallengeSteps(library_sizes=pool, seed=3)
     whole = steps(x, 0, CONDITION, [])
@@ -127,25 +114,7 @@ def test_every_step_can_be_left_out():
     assert not all_steps[:, 1].any()
 
 
-def test_controls_have_a_guidance_of_their_own():
-    """The stream is asked for each run of rows of one role, and its blocks get the rows of the whole table."""
-    asked = []
-
-    def stream(condition, counts, guidance):
-        asked.append((condition[:, 0].tolist(), counts.tolist(), guidance))
-        for row, n in enumerate(counts):
-            yield row, 0, torch.full((int(n), 2), float(condition[row, 0]))
-
-    condition, counts = torch.arange(5.0)[:, None], np.array([2, 1, 3, 1, 2])
-    controls, targets = [False, False, True, False, True], [[0], [1], [], [0, 1], []]
-    steps = ChallengeSteps(control_guidance=5.0, knock_down=True)
-    blocks = list(steps.stream(stream, condition, counts, controls, targets))
-    assert asked == [([0, 1], [2, 1], None), ([2], [3], 5.0), ([3], [1], None), ([4], [2], 5.0)]
-    assert [(row, len(block)) for row, _, block in blocks] == [(0, 2), (1, 1), (2, 3), (3, 1), (4, 2)]
-    assert [block[0].tolist() for _, _, block in blocks] == [[0, 0], [1, 0], [2, 2], [0, 0], [4, 4]]
-
-
-def test_the_record_tells_the_steps_apart():
+def test_record_distinguishes_steps():
     pool = torch.tensor([500.0, 600.0])
     settings = [
         {},
@@ -169,10 +138,10 @@ def test_the_record_tells_the_steps_apart():
         ({"control_guidance": -1}, "control_guidance must be at least 0, got -1"),
         ({"round_to": 0}, "round_to must be above 0, got 0"),
         ({"target_sum": -1e4}, "target_sum must be above 0"),
-        ({"library_sizes": torch.tensor([3.0, 0.0])}, "must all have counts"),
-        ({"library_sizes": torch.tensor([])}, "must all have counts"),
+        ({"library_sizes": torch.tensor([3.0, 0.0])}, "found control cells without counts"),
+        ({"library_sizes": torch.tensor([])}, "found control cells without counts"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, sentence):
+def test_settings_out_of_range_raise(settings, sentence):
     with pytest.raises(InputError, match=sentence):
         ChallengeSteps(**settings)
