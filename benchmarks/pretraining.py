@@ -36,7 +36,7 @@ from primeflow_perturbench.evaluation.table import COLUMNS
 from primeflow_perturbench.files import write_json
 from primeflow_perturbench.perturbench.embedded.data.datasplitter import read_split_csv, write_split_csv
 from primeflow_perturbench.simulation.atlas import simulate_atlas
-from primeflow_perturbench.simulation.screen import Screen, log_normalise
+from primeflow_perturbench.simulation.screen import Screen, log_normalize
 from primeflow_perturbench.training.provenance import commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -268,7 +268,7 @@ def replicates(adata: ad.AnnData, test: list[str]) -> ad.AnnData:
     counts = [screen.sample("heldout", label, GENERATED, seed=1) for label in test]
     obs = pd.DataFrame({"condition": np.repeat(test, GENERATED), "cell_type": "heldout", "method": "CRISPRi"})
     obs.index = obs.index.astype(str)
-    return ad.AnnData(log_normalise(sp.csr_matrix(np.vstack(counts))), obs=obs, var=adata.var[[]])
+    return ad.AnnData(log_normalize(sp.csr_matrix(np.vstack(counts))), obs=obs, var=adata.var[[]])
 
 
 def predict(folder: Path, conditions: Path) -> ad.AnnData:

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.labels import split_label
-from primeflow_perturbench.simulation.screen import UNS_KEY, Screen, log_normalise
+from primeflow_perturbench.simulation.screen import UNS_KEY, Screen, log_normalize
 
 SEED = 0
 Group = tuple[str, ...]
@@ -146,7 +146,7 @@ def ceiling(cells: SplitCells, group: Group, label: str, rng: np.random.Generato
     if UNS_KEY in cells.adata.uns and len(group) == 1:
         screen = Screen.from_adata(cells.adata)
         counts = screen.sample(group[0], label, n, seed=int(rng.integers(2**31)))
-        return log_normalise(sp.csr_matrix(counts)).toarray()
+        return log_normalize(sp.csr_matrix(counts)).toarray()
     return resample(cells.dense(cells.rows([cells.heldout], group, label)), n, rng)
 
 

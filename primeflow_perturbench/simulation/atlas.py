@@ -1,4 +1,4 @@
-"""A simulated atlas: many files of screens that share their truth but neither columns, labels nor genes."""
+"""A simulated atlas: screens in many files with the same truth, but different columns, labels and genes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import scipy.sparse as sp
 import yaml
 
 from primeflow_perturbench.files import replacing
-from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER, UNS_KEY, Screen, log_normalise
+from primeflow_perturbench.simulation.screen import CONTROL, DELIMITER, UNS_KEY, Screen, log_normalize
 from primeflow_perturbench.simulation.settings import ScreenSpec
 
-# Cells drawn at a time; 500 cells of 4,000 genes are 16 MB of float64, of which a draw holds a few copies.
+# Cells drawn at a time. 500 cells of 4,000 genes are 16 MB of float64, of which a draw holds a few copies.
 CELLS_AT_ONCE = 500
-# Each file lacks up to this share of the genes.
+# Maximum share of the genes that a file lacks.
 MOST_MISSING = 0.3
 
 
@@ -28,9 +28,9 @@ class Style(NamedTuple):
     perturbation_key: str
     control: tuple[str, ...]
     delimiter: str | None
-    """What joins the parts of a pair; None where the file has no pairs."""
+    """Text between the parts of a pair; None if the file has no pairs."""
     cell_type_key: str | None
-    """Column of obs with the context; None where the manifest names it."""
+    """Column of obs with the context; None if only the manifest names it."""
     modality: str
     gene_key: str | None = None
     x: str = "log1p"
@@ -49,15 +49,15 @@ STYLES = (
 
 
 class SimulatedAtlas(NamedTuple):
-    """Where a simulated atlas lies."""
+    """Files of a simulated atlas."""
 
     manifest: Path
     heldout: Path
-    """h5ad of the context that no file of the atlas has."""
+    """h5ad of a context that is in no file of the atlas."""
 
 
 def atlas_spec(n_files: int, n_genes: int, seed: int, heldout_context: str, **settings: Any) -> ScreenSpec:
-    """Truth of the atlas: a context a file and the one held out, whose effects they nearly share."""
+    """Return the spec of the atlas: one context per file and the held-out one, with nearly the same effects."""
     contexts = (*(f"context{number}" for number in range(n_files)), heldout_context)
     shared = {"n_perturbations": 40, "n_pairs": 10, "context_specificity": 0.05}
     return ScreenSpec(seed=seed, n_genes=n_genes, cell_lines=contexts, **{**shared, **settings})
@@ -73,25 +73,25 @@ def simulate_atlas(
     heldout_cells: int | None = None,
     **settings: Any,
 ) -> SimulatedAtlas:
-    """Write an atlas of ``n_files`` h5ad files, its manifest, and a context held out from it.
+    """Write an atlas of ``n_files`` h5ad files, its manifest, and a held-out context.
 
-    A file measures one context, three quarters of the perturbations (every one is in some file, if there are two or
-    more), and all genes but a share that it lacks, in an order of its own; its cells are shuffled. Sizes differ up to
-    threefold. Names of columns, labels and layouts follow `STYLES` in turn.
+    Each file has one context, three quarters of the perturbations (with two files or more, each perturbation is in at
+    least one), and all genes but up to 30 %, in a random order. Its cells are shuffled. Sizes differ up to threefold.
+    Columns, labels and storage follow `STYLES` in turn.
 
     Parameters
     ----------
     folder
         Where ``atlas0.h5ad`` and so on, ``manifest.yaml`` and ``heldout.h5ad`` go.
     n_files, cells, n_genes
-        Number of files, of the cells of all of them, and of genes of the panel.
+        Number of files, of cells in all of them, and of genes of the panel.
     seed
-        Seed of truth, cells, genes and orders.
+        Random seed of truth, cells, genes and orders.
     heldout_context
-        Name of the context held out. Its file has all perturbations and genes, and the columns ``condition``,
-        ``cell_type`` and ``method``; `Screen.from_adata` knows its truth.
+        Name of the held-out context. Its file has all perturbations and genes, and the columns ``condition``,
+        ``cell_type`` and ``method``. `Screen.from_adata` rebuilds its truth.
     heldout_cells
-        Its cells, by default as many as an average file has, 10,000 at most.
+        Number of its cells; by default that of an average file, but at most 10,000.
     **settings
         Other settings of `ScreenSpec`.
     """
@@ -136,13 +136,13 @@ def _write_file(screen: Screen, number: int, size: int, style: Style, path: Path
     measured = [name for place, name in enumerate(screen.perturbations) if (place + number) % 4]
     pairs = [] if style.delimiter is None else screen.pairs
     counts, labels = _draw(screen, context, [CONTROL, *(measured or screen.perturbations), *pairs], size, rng)
-    # Housekeeping genes stay: they stand for the rest of the transcriptome, which steadies a cell's total.
+    # No file lacks housekeeping genes: they stand for the rest of the transcriptome, which stabilizes totals.
     n_optional = screen.spec.n_genes - round(screen.spec.housekeeping_genes * screen.spec.n_genes)
     kept = rng.random(screen.spec.n_genes) >= rng.uniform(0, MOST_MISSING)
     kept[n_optional:] = True
     genes = rng.permutation(np.flatnonzero(kept))
     values = counts[:, genes]
-    matrix = values.astype(np.float32) if style.x == "counts" else log_normalise(values)
+    matrix = values.astype(np.float32) if style.x == "counts" else log_normalize(values)
     names = np.array(screen.gene_names)[genes]
     obs = pd.DataFrame({style.perturbation_key: pd.Categorical(_words(labels, style, rng))})
     if style.cell_type_key is not None:
@@ -162,7 +162,7 @@ def _write_heldout(screen: Screen, context: str, size: int, path: Path) -> None:
     obs = pd.DataFrame({"condition": labels, "cell_type": context, "method": "CRISPRi"}, dtype="category")
     obs.index = [f"cell{i}" for i in range(size)]
     var = pd.DataFrame(index=screen.gene_names)
-    adata = anndata.AnnData(log_normalise(counts), obs=obs, var=var, uns={UNS_KEY: screen.spec.to_json()})
+    adata = anndata.AnnData(log_normalize(counts), obs=obs, var=var, uns={UNS_KEY: screen.spec.to_json()})
     with replacing(path) as temporary:
         adata.write_h5ad(temporary)
 
@@ -170,7 +170,7 @@ def _write_heldout(screen: Screen, context: str, size: int, path: Path) -> None:
 def _draw(
     screen: Screen, context: str, conditions: Sequence[str], size: int, rng: np.random.Generator
 ) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Shuffled counts (size, n_genes) of conditions of equal size, of controls four times as many; and labels."""
+    """Return shuffled counts (size, n_genes) and labels. Conditions have equal sizes, controls four times as many."""
     weights = np.where(np.array(conditions) == CONTROL, 4, 1)
     bounds = np.round(np.cumsum([0, *weights]) * size / weights.sum()).astype(int)
     blocks = []
@@ -183,7 +183,7 @@ def _draw(
 
 
 def _words(labels: np.ndarray, style: Style, rng: np.random.Generator) -> np.ndarray:
-    """Labels as a file writes them, its several controls in turn at random."""
+    """Translate labels into the style of a file, with a random choice among its labels for controls."""
     words = {label: label.replace(DELIMITER, style.delimiter or DELIMITER) for label in set(labels)}
     controls = rng.choice(style.control, size=len(labels))
     return np.where(labels == CONTROL, controls, [words[label] for label in labels])

@@ -1,8 +1,8 @@
 """A simulated Perturb-seq screen whose truth is known.
 
-A gene loads on programmes, a perturbation moves programmes, and counts are negative binomial around the
-result. Every random choice has a stream of its own, seeded by the names of what it decides, so a condition's
-truth and cells stay the same when other lines, perturbations or pairs are added.
+Genes load on programs, a perturbation moves programs, and counts are negative binomial around the result. Each random
+choice has its own random stream, seeded by the names of what it decides. So the truth and the cells of a condition do
+not change when other lines, perturbations or pairs are added.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.files import replacing
 from primeflow_perturbench.simulation.settings import VERSION, ScreenSpec
 
 CONTROL = "control"
@@ -33,20 +34,27 @@ class Cells(NamedTuple):
     """Simulated cells of one condition."""
 
     counts: sp.csr_matrix
-    """Counts, (n_cells, n_genes), int32."""
+    """(n_cells, n_genes), int32."""
     responder: np.ndarray
-    """Whether at least one perturbation took in the cell, (n_cells,), bool."""
+    """Whether at least one perturbation took effect in the cell, (n_cells,), bool."""
     batch: np.ndarray
     """Index of the cell's batch, (n_cells,), int."""
 
 
 class Screen:
-    """The truth of a simulated screen, and as many cells of it as wanted.
+    """The truth of a simulated screen. It draws any number of cells of any condition.
 
     Parameters
     ----------
     spec
-        What the screen looks like.
+        Settings of the screen; the defaults if None.
+
+    Attributes
+    ----------
+    gene_names, perturbations, pairs, conditions
+        Names; ``conditions`` are the control, the perturbations and the pairs that the screen measures.
+    loadings
+        Loading of each gene on each program, (n_programs, n_genes).
     """
 
     def __init__(self, spec: ScreenSpec | None = None):
@@ -60,7 +68,7 @@ class Screen:
         self.conditions = [CONTROL, *self.perturbations, *self.pairs]
         self._housekeeping = np.arange(spec.n_genes) >= spec.n_genes - round(spec.housekeeping_genes * spec.n_genes)
         self._dispersion = np.where(self._housekeeping, spec.housekeeping_dispersion, spec.dispersion)
-        self._draw_programmes()
+        self._draw_programs()
         self._baselines = {line: self._draw_baseline(line) for line in spec.cell_lines}
         self._batch_effects = spec.batch_strength * np.stack(
             [self._stream("batch", str(b)).standard_normal(spec.n_genes) for b in range(spec.n_batches)]
@@ -68,7 +76,13 @@ class Screen:
 
     @classmethod
     def from_adata(cls, adata: anndata.AnnData) -> Screen:
-        """Rebuild the truth that ``adata`` was drawn from, by the spec in ``adata.uns['simulation']``."""
+        """Rebuild the truth that ``adata`` was drawn from, given the spec in ``adata.uns['simulation']``.
+
+        Raises
+        ------
+        InputError
+            If there is no spec, or it is of another version of the simulator.
+        """
         if UNS_KEY not in adata.uns:
             raise InputError(
                 f"AnnData, uns['{UNS_KEY}']: found nothing, expected the spec of a simulated screen; "
@@ -84,18 +98,19 @@ class Screen:
         return cls(ScreenSpec.from_mapping(stored))
 
     def _stream(self, *names: str) -> np.random.Generator:
-        """Random stream of its own for what ``names`` names; independent of every other name's."""
+        """Return the random stream of what ``names`` identify, independent of all others."""
         digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16).digest()
         key = tuple(int(word) for word in np.frombuffer(digest, dtype="<u4"))
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.spec.seed, spawn_key=key)))
 
-    def _draw_programmes(self) -> None:
-        """Draw loadings, (n_programmes, n_genes), and the log expression that lines share, (n_genes,)."""
+    def _draw_programs(self) -> None:
+        """Draw the loadings, and the log expression that all lines share, (n_genes,)."""
+        # The name of the stream determines the numbers, so its spelling stays.
         spec, rng = self.spec, self._stream("programmes")
-        rank = rng.random((spec.n_programmes, spec.n_genes)).argsort(axis=0).argsort(axis=0)
-        # Scaled so that moving the programmes by norm s has strength s; bounded, so that no gene explodes.
-        loadings = rng.uniform(-1, 1, rank.shape) * (rank < spec.programmes_per_gene)
-        loadings *= np.sqrt(3 * spec.n_programmes / spec.programmes_per_gene)
+        rank = rng.random((spec.n_programs, spec.n_genes)).argsort(axis=0).argsort(axis=0)
+        # Scaled so that moving the programs by norm s has strength s. Uniform, so that no gene changes without bound.
+        loadings = rng.uniform(-1, 1, rank.shape) * (rank < spec.programs_per_gene)
+        loadings *= np.sqrt(3 * spec.n_programs / spec.programs_per_gene)
         self.loadings = np.where(self._housekeeping, 0.0, loadings)
         expression = spec.expression_spread * self._stream("expression").standard_normal(spec.n_genes)
         if self._housekeeping.any():
@@ -109,17 +124,22 @@ class Screen:
 
     def _draw_baseline(self, line: str) -> np.ndarray:
         spec, rng = self.spec, self._stream("line", line)
-        activity = _unit(rng.standard_normal(spec.n_programmes)) @ self.loadings
+        activity = _unit(rng.standard_normal(spec.n_programs)) @ self.loadings
         own = np.where(self._housekeeping, 0.0, rng.standard_normal(spec.n_genes))
         return self._expression + spec.line_strength * np.sqrt(0.5) * (activity + own)
 
     def parts(self, perturbation: str) -> tuple[str, ...]:
-        """Perturbations that a label names, in the screen's order; none for the control.
+        """Return the perturbations that a label names, in the order of the screen; none for the control.
 
         Parameters
         ----------
         perturbation
             ``'control'``, ``'G3'``, ``'G3+G7'`` and so on, in any order.
+
+        Raises
+        ------
+        InputError
+            If the label names a perturbation that the screen does not know, or one twice.
         """
         if perturbation == CONTROL:
             return ()
@@ -133,44 +153,44 @@ class Screen:
         return tuple(sorted(parts, key=self.perturbations.index))
 
     def shift(self, cell_line: str, perturbation: str) -> np.ndarray:
-        """Move of the programmes' activity in the cells in which every part of a perturbation takes.
+        """Return how a perturbation moves the programs in the cells in which all of its parts take effect.
 
         Returns
         -------
-        Shape (n_programmes,); times ``loadings`` it is the change of the genes' natural-log expression,
-        before the target's own knock-down and before the proportions are made to sum to one.
+        Shape (n_programs,). Multiplied by ``loadings`` it is the change of the natural-log expression of the genes,
+        before the knock-down of the target itself and before the proportions are scaled to sum to one.
         """
         parts = self.parts(perturbation)
-        total = sum((self._single(cell_line, p) for p in parts), np.zeros(self.spec.n_programmes))
+        total = sum((self._single(cell_line, p) for p in parts), np.zeros(self.spec.n_programs))
         return total + sum(self.interaction(cell_line, *pair) for pair in itertools.combinations(parts, 2))
 
     def interaction(self, cell_line: str, first: str, second: str) -> np.ndarray:
-        """What a pair moves on top of the sum of its parts, shape (n_programmes,)."""
+        """Return what a pair adds to the sum of the shifts of its parts, shape (n_programs,)."""
         first, second = self.parts(first + DELIMITER + second)
         added = self._single(cell_line, first) + self._single(cell_line, second)
         rng = self._stream("interaction", first, second)
         along = rng.choice([-1.0, 1.0]) * _unit(added)
-        own = rng.standard_normal(self.spec.n_programmes)
+        own = rng.standard_normal(self.spec.n_programs)
         own = _unit(own - (own @ along) * along)
         return self.spec.interaction_strength * np.linalg.norm(added) * np.sqrt(0.5) * (along + own)
 
     def _single(self, cell_line: str, name: str) -> np.ndarray:
         spec = self.spec
-        shared = _unit(self._stream("effect", name).standard_normal(spec.n_programmes))
-        own = self._stream("effect", name, cell_line).standard_normal(spec.n_programmes)
+        shared = _unit(self._stream("effect", name).standard_normal(spec.n_programs))
+        own = self._stream("effect", name, cell_line).standard_normal(spec.n_programs)
         own = _unit(own - (own @ shared) * shared)
         share = spec.context_specificity
         return spec.effect_size * (np.sqrt(1 - share) * shared + np.sqrt(share) * own)
 
     def responder_fraction(self, cell_line: str, name: str) -> float:
-        """Fraction of a cell line's cells in which the single perturbation ``name`` takes."""
+        """Return the fraction of cells of a line in which the single perturbation ``name`` takes effect."""
         low, high = self.spec.responder_fraction
         shared, own = self._stream("escape", name).random(), self._stream("escape", name, cell_line).random()
         share = self.spec.context_specificity
         return low + (high - low) * ((1 - share) * shared + share * own)
 
     def _proportions(self, cell_line: str, parts: tuple[str, ...]) -> np.ndarray:
-        """Expected share of each gene in the counts when ``parts`` took, (n_batches, n_genes)."""
+        """Return the expected share of each gene in the counts when ``parts`` took effect, (n_batches, n_genes)."""
         shift = self.shift(cell_line, DELIMITER.join(parts) or CONTROL)
         logits = self._baselines[cell_line] + shift @ self.loadings
         for part in parts:
@@ -181,7 +201,7 @@ class Screen:
         return rates / rates.sum(axis=1, keepdims=True)
 
     def _outcomes(self, cell_line: str, perturbation: str) -> list[tuple[tuple[str, ...], float]]:
-        """Which parts can take together, with the probability of each."""
+        """Return which parts can take effect together, with probabilities; first the case that none does."""
         self._require_line(cell_line)
         outcomes: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
         for part in self.parts(perturbation):
@@ -195,18 +215,18 @@ class Screen:
             raise InputError(f"simulated screen, cell line {cell_line!r}: expected one of {names}.")
 
     def mean(self, cell_line: str, perturbation: str, responders: bool | None = None) -> np.ndarray:
-        """Expected counts over the expected library size, in closed form, averaged over the batches.
+        """Return expected counts over the expected library size, in closed form, averaged over the batches.
 
         Parameters
         ----------
         cell_line, perturbation
-            The condition, whether the screen measures it or not.
+            The condition; the screen need not measure it.
         responders
-            True for the cells in which at least one part took, False for the others, None for all.
+            True for cells in which at least one part took effect, False for the others, None for all.
 
         Returns
         -------
-        Proportions, shape (n_genes,), that sum to 1; NaN where there are no such cells.
+        Proportions that sum to 1, shape (n_genes,); NaN if there are no such cells.
         """
         outcomes = self._outcomes(cell_line, perturbation)
         if responders is not None:
@@ -217,18 +237,18 @@ class Screen:
         return sum(p / total * self._proportions(cell_line, took).mean(axis=0) for took, p in outcomes)
 
     def draw(self, cell_line: str, perturbation: str, n_cells: int, seed: int | str) -> Cells:
-        """Draw cells of a condition with their responder status and batch; see :meth:`sample`."""
+        """Draw cells of a condition with responder status and batch; see `sample`."""
         spec, outcomes = self.spec, self._outcomes(cell_line, perturbation)
         label = DELIMITER.join(self.parts(perturbation)) or CONTROL
         rng = self._stream("cells", cell_line, label, str(seed))
         outcome = rng.choice(len(outcomes), size=n_cells, p=[p for _, p in outcomes])
         batch = rng.integers(spec.n_batches, size=n_cells)
         library = spec.library_median * np.exp(spec.library_spread * rng.standard_normal(n_cells))
-        strength = spec.cell_strength / np.sqrt(spec.n_programmes)
-        state = strength * rng.standard_normal((n_cells, spec.n_programmes))
+        strength = spec.cell_strength / np.sqrt(spec.n_programs)
+        state = strength * rng.standard_normal((n_cells, spec.n_programs))
         spread = strength**2 * (self.loadings**2).sum(axis=0)
         proportions = np.stack([self._proportions(cell_line, took) for took, _ in outcomes])
-        # The log-normal cell state has mean one, so the condition's mean keeps its closed form.
+        # The log-normal cell state has mean one, so that the mean of the condition has a closed form.
         rates = library[:, None] * proportions[outcome, batch] * np.exp(state @ self.loadings - spread / 2)
         noisy = self._dispersion > 0
         shape = 1 / self._dispersion[noisy]
@@ -237,10 +257,9 @@ class Screen:
         return Cells(counts, outcome > 0, batch)
 
     def sample(self, cell_line: str, perturbation: str, n_cells: int, seed: int) -> np.ndarray:
-        """Draw fresh cells of any condition, measured in the screen or not.
+        """Draw new cells of any condition; the screen need not measure it.
 
-        The cells depend on the spec, the condition, ``n_cells`` and ``seed`` alone, and are never those of
-        :meth:`adata` itself.
+        The cells depend only on the spec, the condition, ``n_cells`` and ``seed``. They are never those of `adata`.
 
         Returns
         -------
@@ -249,17 +268,17 @@ class Screen:
         return self.draw(cell_line, perturbation, n_cells, seed).counts.toarray()
 
     def adata(self, seed: int | None = None) -> anndata.AnnData:
-        """The whole screen as one AnnData.
+        """Return the whole screen as one AnnData.
 
         Parameters
         ----------
         seed
-            None gives the screen itself, a number a replicate of it: other cells of the same conditions.
+            None gives the screen itself. A number gives a replicate: other cells of the same conditions.
 
         Returns
         -------
-        ``X``: log1p of counts normalised to 1e4 a cell, CSR float32; ``layers['counts']``: CSR int32;
-        ``obs``: cell_type, condition, batch, responder, library_size (the cell's counts);
+        ``X``: log1p of counts normalized to 10,000 per cell, CSR float32; ``layers['counts']``: CSR int32;
+        ``obs``: cell_type, condition, batch, responder, library_size (counts of the cell);
         ``uns['simulation']``: the spec.
         """
         spec, blocks, obs = self.spec, [], []
@@ -276,7 +295,7 @@ class Screen:
         for column in ("cell_type", "condition", "batch"):
             table[column] = table[column].astype("category")
         return anndata.AnnData(
-            X=log_normalise(counts),
+            X=log_normalize(counts),
             obs=table,
             var=pd.DataFrame({"housekeeping": self._housekeeping}, index=self.gene_names),
             layers={"counts": counts},
@@ -284,45 +303,45 @@ class Screen:
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the screen as h5ad; the file appears whole or not at all."""
+        """Write the screen as h5ad. The file appears complete or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            self.adata().write_h5ad(unfinished, compression="gzip")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            self.adata().write_h5ad(temporary, compression="gzip")
         return path
 
 
-def log_normalise(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """log1p of counts scaled to 1e4 a cell, float32, (n_cells, n_genes); a cell without counts stays zero."""
+def log_normalize(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """Return log1p of counts scaled to 10,000 per cell, (n_cells, n_genes), float32. Cells without counts stay zero."""
     total = np.asarray(counts.sum(axis=1), dtype=np.float32).ravel()
     scale = TARGET_SUM / np.where(total > 0, total, 1)
     return sp.csr_matrix(sp.diags_array(scale.astype(np.float32)) @ counts.astype(np.float32)).log1p()
 
 
 def simulate(path: str | os.PathLike[str], **spec: object) -> str:
-    """Write a simulated screen to ``path`` unless the file there is already that very screen.
+    """Write a simulated screen to ``path``, unless the file there is already that very screen.
 
     Parameters
     ----------
     path
-        h5ad file. Another simulated screen there is replaced; any other file is left alone and refused.
+        h5ad file. Another simulated screen at this path is replaced.
     **spec
-        Settings of :class:`ScreenSpec`; the others keep their defaults.
+        Settings of `ScreenSpec`; the others keep their defaults.
 
     Returns
     -------
-    The path, so that a config can take the file's name from a ``_target_``.
+    The path, so that a config can take the name of its file from here.
+
+    Raises
+    ------
+    InputError
+        If a setting is invalid, or ``path`` exists and is not a simulated screen.
     """
     path, wanted = Path(path), ScreenSpec.from_mapping(spec)
     if path.exists():
         stored = _stored_spec(path)
         if stored is None:
             raise InputError(
-                f"{path}: found something that is no simulated screen, expected to write one there; "
+                f"{path}: found something other than a simulated screen, expected one or nothing; "
                 "give another path or move the file away."
             )
         if stored == wanted.to_json():
@@ -331,7 +350,7 @@ def simulate(path: str | os.PathLike[str], **spec: object) -> str:
 
 
 def _stored_spec(path: Path) -> str | None:
-    """Spec in an h5ad file, read without its cells; None where there is none."""
+    """Return the spec in an h5ad file without reading its cells; None if there is none."""
     if not path.is_file() or not h5py.is_hdf5(path):
         return None
     try:

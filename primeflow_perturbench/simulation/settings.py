@@ -1,39 +1,39 @@
-"""What a simulated Perturb-seq screen looks like: the settings of ``simulate.py``, checked."""
+"""The settings of a simulated Perturb-seq screen, validated."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping
 from numbers import Real
 
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, nearest
 
-# Raise it whenever the same spec would give other cells: files of another version are drawn anew.
-VERSION = 1
+# Increase it when the same spec gives other cells or has other names: files of another version are simulated again.
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ScreenSpec:
-    """What a simulated screen looks like.
+    """Settings of a simulated screen.
 
-    Strengths are root mean squares over the genes that load on programmes, in units of the natural logarithm
-    of expression: a strength of 0.7 is, for a typical gene, a doubling or a halving.
+    A strength is a root mean square over the genes that load on programs, in units of the natural logarithm of
+    expression: a strength of 0.7 doubles or halves a typical gene.
 
     Parameters
     ----------
     seed
-        Seed of the truth and of the cells.
+        Random seed of the truth and of the cells.
     n_genes
         Genes in the panel. The targets of the perturbations come first: ``G0``, ``G1``, ..., ``gene12``, ...
-    n_programmes
-        Gene programmes; a gene loads on ``programmes_per_gene`` of them.
-    programmes_per_gene
-        Programmes a gene loads on.
+    n_programs
+        Gene programs.
+    programs_per_gene
+        Programs that a gene loads on.
     n_perturbations
-        Single perturbations, ``G0`` to ``G{n - 1}``. The targets of those past the panel are not measured.
+        Single perturbations, ``G0`` to ``G{n - 1}``. If there are more than genes, the targets of the last ones are
+        not measured.
     n_pairs
         Pairs of perturbations that the screen measures.
     cell_lines
@@ -43,24 +43,24 @@ class ScreenSpec:
     control_cells_per_line
         Control cells per cell line.
     expression_spread
-        Standard deviation of the genes' log expression.
+        Standard deviation of the log expression of the genes.
     line_strength
-        Strength by which a cell line's baseline differs, half of its variance through programmes.
+        Strength of the difference between the baselines of cell lines. Half of its variance is along programs.
     effect_size
         Strength of a single perturbation in the cells that respond.
     context_specificity
-        Share of a perturbation's squared effect that is its own in each cell line, 0 to 1. The responder
-        fraction differs between lines by the same share.
+        Share of the squared effect of a perturbation that is specific to each cell line, 0 to 1. Responder fractions
+        differ between lines by the same share.
     interaction_strength
-        Norm of a pair's interaction over the norm of the sum of its parts' effects. Half of its square lies
-        along the sum (synergy) or against it (epistasis), the other half in a direction of the pair's own.
+        Norm of the interaction of a pair, relative to the norm of the sum of the effects of its parts. Half of its
+        square is along the sum (synergy) or against it (epistasis), the other half in another direction.
     responder_fraction
-        Lowest and highest fraction of cells that respond to a perturbation; the others escape and are as
-        controls. In a pair each of the two takes or escapes on its own.
+        Smallest and largest fraction of cells that respond to a perturbation. The others escape: they equal controls.
+        In a pair each of the two takes effect independently.
     knockdown
-        Share of the target gene's expression that is left in the cells that respond.
+        Share of the expression of the target gene that is left in the cells that respond.
     cell_strength
-        Strength of the programmes' variation from cell to cell within a condition.
+        Strength of the variation of programs between the cells of a condition.
     dispersion
         Dispersion a of the counts: variance = mean + a * mean ** 2.
     library_median
@@ -68,22 +68,27 @@ class ScreenSpec:
     library_spread
         Standard deviation of the natural logarithm of the library size.
     housekeeping_genes
-        Share of the genes, the last ones of the panel, that keep house: high, even and untouched by
-        programmes. They stand for the thousands of genes that a panel lacks and that steady a cell's total.
+        Share of the genes, the last ones of the panel, that are housekeeping genes: high, even and independent of
+        programs. They stand for the thousands of genes outside the panel, which stabilize the total of a cell.
     housekeeping_counts
         Share of the counts that falls on them.
     housekeeping_dispersion
         Their dispersion.
     n_batches
-        Batches; every condition's cells fall on them evenly at random.
+        Batches. Each cell is in a random one.
     batch_strength
-        Strength of the batch effect, gene by gene, the same in all cell lines.
+        Strength of the batch effect on each gene, the same in all cell lines.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of range.
     """
 
     seed: int = 0
     n_genes: int = 200
-    n_programmes: int = 8
-    programmes_per_gene: int = 2
+    n_programs: int = 8
+    programs_per_gene: int = 2
     n_perturbations: int = 12
     n_pairs: int = 6
     cell_lines: tuple[str, ...] = ("alpha", "beta", "gamma")
@@ -107,56 +112,61 @@ class ScreenSpec:
     batch_strength: float = 0.05
 
     def __post_init__(self) -> None:
-        """Make sequences tuples (a config gives lists) and refuse what cannot be simulated."""
+        """Convert sequences to tuples, since configs contain lists, and check all values."""
         for name in ("cell_lines", "responder_fraction"):
-            self._require(name, not isinstance(getattr(self, name), (str, Real)), "a list")
+            self._check(name, not isinstance(getattr(self, name), (str, Real)), "a list")
         object.__setattr__(self, "cell_lines", tuple(str(line) for line in self.cell_lines))
         object.__setattr__(self, "responder_fraction", tuple(float(f) for f in self.responder_fraction))
-        # One type a field, so that 1500 and 1500.0 are one spec.
-        a_number = {int: "a whole number", float: "a number"}
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
             if kind in (int, float):
                 finite = isinstance(value, Real) and math.isfinite(value)
-                self._require(field.name, finite and kind(value) == value, a_number[kind])
+                self._check(
+                    field.name, finite and kind(value) == value, "a whole number" if kind is int else "a number"
+                )
+                # One type per field, so that 1500 and 1500.0 give the same spec.
                 object.__setattr__(self, field.name, kind(value))
-        for name in ("n_genes", "n_programmes", "programmes_per_gene", "n_perturbations", "n_batches"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "n_pairs", "cells_per_condition", "control_cells_per_line"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for field in dataclasses.fields(self):
-            if field.name.endswith(("_spread", "_strength", "dispersion")) or field.name == "effect_size":
-                self._require(field.name, getattr(self, field.name) >= 0, "0 or more")
+        for name in ("n_genes", "n_programs", "programs_per_gene", "n_perturbations", "n_batches"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in (field.name for field in dataclasses.fields(self)):
+            if name.endswith(("_spread", "_strength", "dispersion")) or name in (
+                "seed",
+                "n_pairs",
+                "cells_per_condition",
+                "control_cells_per_line",
+                "effect_size",
+            ):
+                self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("context_specificity", "knockdown"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "a share between 0 and 1")
+            self._check(name, 0 <= getattr(self, name) <= 1, "a share between 0 and 1")
         for name in ("housekeeping_genes", "housekeeping_counts"):
-            self._require(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
-        most = self.n_perturbations * (self.n_perturbations - 1) // 2
-        self._require("n_pairs", self.n_pairs <= most, f"at most {most}, all pairs of the perturbations")
-        least = max(2, self.programmes_per_gene)
-        self._require("n_programmes", self.n_programmes >= least, f"at least {least}")
-        self._require("library_median", self.library_median > 0, "above 0")
+            self._check(name, 0 <= getattr(self, name) < 1, "a share of at least 0 and below 1")
+        n_possible = self.n_perturbations * (self.n_perturbations - 1) // 2
+        self._check("n_pairs", self.n_pairs <= n_possible, f"at most {n_possible}, all pairs of the perturbations")
+        minimum = max(2, self.programs_per_gene)
+        self._check("n_programs", self.n_programs >= minimum, f"at least {minimum}")
+        self._check("library_median", self.library_median > 0, "above 0")
         unique = len(set(self.cell_lines)) == len(self.cell_lines)
-        self._require("cell_lines", bool(self.cell_lines) and unique, "one or more different names")
+        self._check("cell_lines", bool(self.cell_lines) and unique, "one or more different names")
         fractions = self.responder_fraction
         ordered = len(fractions) == 2 and 0 <= fractions[0] <= fractions[1] <= 1
-        self._require("responder_fraction", ordered, "two fractions between 0 and 1, the lower first")
+        self._check("responder_fraction", ordered, "two fractions between 0 and 1, the smaller first")
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
+    def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise InputError(f"simulated screen, {name}: found {getattr(self, name)!r}, expected {expected}.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> ScreenSpec:
-        """Build a spec from a config, with a sentence for a name that does not exist."""
+        """Build a spec from a config; `InputError` if a name does not exist."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                mend = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(names)}."
-                raise InputError(f"simulated screen: found the unknown setting {name!r}; {mend}")
+                match = nearest(name, names)
+                hint = f"did you mean {match!r}?" if match else f"the settings are {', '.join(names)}."
+                raise InputError(f"simulated screen: found the unknown setting {name!r}; {hint}")
         return cls(**values)
 
     def to_json(self) -> str:
-        """Spec and simulator version as JSON with sorted keys; equal text means equal cells."""
+        """Return spec and version of the simulator as JSON with sorted keys. Equal text means equal cells."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The simulated atlas: files that differ in all but their truth."""
+"""The simulated atlas: files that differ in everything but their truth."""
 
 import sys
 
@@ -32,7 +32,7 @@ def truth():
     return Screen(atlas_spec(seed=0, heldout_context="heldout", **settings))
 
 
-def test_the_files_differ_in_names_sizes_genes_and_storage(simulated, atlas):
+def test_files_differ_in_names_sizes_genes_and_storage(simulated, atlas):
     folder = simulated.manifest.parent
     files = [anndata.read_h5ad(folder / f"atlas{number}.h5ad") for number in range(6)]
     assert [len(file) for file in files] == [200, 400, 600] * 2
@@ -51,24 +51,24 @@ def test_the_files_differ_in_names_sizes_genes_and_storage(simulated, atlas):
     assert len(list((folder / "unpacked").glob("*.h5ad"))) == 2
 
 
-def test_the_atlas_is_whole_and_unified(atlas, truth):
+def test_atlas_has_all_cells_and_unified_labels(atlas, truth):
     assert len(atlas) == 2400
     assert set(atlas.genes) == set(truth.gene_names)
     assert set(atlas.obs.condition) == set(truth.conditions)
     assert atlas.obs.cell_type.cat.categories.tolist() == [f"context{number}" for number in range(6)]
     assert atlas.obs.method.cat.categories.tolist() == ["CRISPRa", "CRISPRi", "CRISPRko"]
     assert (~atlas.measured).any(axis=1).all()
-    # Each file lacks perturbations, and none is lacking in all.
+    # Each file lacks perturbations, but none is missing from all files.
     held = atlas.obs.groupby("dataset", observed=True).condition.agg(lambda labels: set(labels))
     assert all(set(truth.perturbations) - of_file for of_file in held)
     assert set().union(*held) == set(truth.conditions)
-    # Shuffled: neighbours are mostly of different conditions.
+    # Shuffled: neighbors mostly have different conditions.
     labels = atlas.obs.condition.to_numpy()
     assert (labels[1:] == labels[:-1]).mean() < 0.4
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
-def test_cells_are_draws_of_the_truth(atlas, truth, number):
+def test_cells_follow_the_truth(atlas, truth, number):
     cells = np.flatnonzero((atlas.dataset_of == number) & (atlas.obs.condition == "control").to_numpy())
     drawn = np.expm1(atlas.expression(cells)).mean(axis=0) / 1e4
     expected = truth.mean(f"context{number}", "control")[[truth.gene_names.index(gene) for gene in atlas.genes]]
@@ -82,12 +82,12 @@ def test_cells_are_draws_of_the_truth(atlas, truth, number):
     assert np.corrcoef(np.log(drawn[measured] + 1e-4), np.log(expected[measured] + 1e-4))[0, 1] > 0.9
 
 
-def test_a_perturbation_does_nearly_the_same_in_all_contexts(truth):
+def test_perturbation_has_nearly_the_same_effect_in_all_contexts(truth):
     first, last = (truth.shift(context, "G1") for context in ("context0", "heldout"))
     assert 0.85 < first @ last / np.linalg.norm(first) / np.linalg.norm(last) < 1
 
 
-def test_the_held_out_context_is_in_no_file_and_knows_its_truth(simulated, atlas, truth):
+def test_held_out_context_is_in_no_file_and_stores_its_truth(simulated, atlas, truth):
     heldout = anndata.read_h5ad(simulated.heldout)
     assert heldout.shape == (400, 120)
     assert list(heldout.obs) == ["condition", "cell_type", "method"]
@@ -97,7 +97,7 @@ def test_the_held_out_context_is_in_no_file_and_knows_its_truth(simulated, atlas
     assert Screen.from_adata(heldout).spec == truth.spec
 
 
-def test_the_same_seed_gives_the_same_atlas_and_another_another(simulated, tmp_path):
+def test_atlas_depends_on_the_seed(simulated, tmp_path):
     again = simulate_atlas(tmp_path / "again", **SETTINGS)
     other = simulate_atlas(tmp_path / "other", seed=1, **SETTINGS)
     assert yaml.safe_load(again.manifest.read_text()) == yaml.safe_load(simulated.manifest.read_text())
@@ -119,7 +119,7 @@ def check(monkeypatch, manifest) -> int:
     return 0
 
 
-def test_check_tells_the_numbers_of_an_atlas_and_what_is_wrong(simulated, atlas, monkeypatch, capsys):
+def test_check_reports_numbers_and_errors_of_an_atlas(simulated, atlas, monkeypatch, capsys):
     assert check(monkeypatch, simulated.manifest) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     (first,), (whole,) = ([line for line in lines if line[0] == name] for name in ("study0", "all"))

@@ -1,5 +1,4 @@
 import json
-import time
 
 import anndata
 import numpy as np
@@ -10,9 +9,9 @@ import scipy.sparse as sp
 from primeflow_perturbench.data.checks import check_anndata
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.simulation import screen as simulate_module
-from primeflow_perturbench.simulation.screen import Screen, ScreenSpec, log_normalise, simulate
+from primeflow_perturbench.simulation.screen import Screen, ScreenSpec, log_normalize, simulate
 
-# Every cell responds, one batch, no variation but Poisson and gamma: what the closed forms of one mean need.
+# All cells respond, there is one batch, and only Poisson and gamma noise: as closed forms of one mean assume.
 PLAIN = {"responder_fraction": (1, 1), "n_batches": 1, "library_spread": 0, "cell_strength": 0}
 
 
@@ -38,10 +37,7 @@ def adata(screen):
     return screen.adata()
 
 
-def test_the_default_screen_is_small_and_quick():
-    start = time.perf_counter()
-    adata = Screen().adata()
-    assert time.perf_counter() - start < 10
+def test_default_screen_is_small(adata):
     assert adata.shape == (3 * (150 + 18 * 48), 200)
     assert list(adata.obs) == ["cell_type", "condition", "batch", "responder", "library_size"]
     assert list(adata.var_names[:13]) == [*(f"G{i}" for i in range(12)), "gene12"]
@@ -53,7 +49,7 @@ def test_the_default_screen_is_small_and_quick():
     assert adata.X.format == adata.layers["counts"].format == "csr"
 
 
-def test_the_default_screen_passes_its_own_checks(adata):
+def test_default_screen_passes_the_checks_of_training_data(adata):
     settings = {
         "filename": "simulated.h5ad",
         "perturbation_key": "condition",
@@ -64,7 +60,7 @@ def test_the_default_screen_passes_its_own_checks(adata):
     assert check_anndata(adata, **settings, layer="counts", expect="counts") == []
 
 
-def test_same_spec_same_bits_and_another_seed_others(adata):
+def test_cells_depend_only_on_the_spec(adata):
     again = Screen(ScreenSpec()).adata()
     assert equal(adata.X, again.X)
     assert adata.obs.equals(again.obs)
@@ -73,7 +69,7 @@ def test_same_spec_same_bits_and_another_seed_others(adata):
     assert not np.allclose(other.mean("alpha", "G3"), Screen().mean("alpha", "G3"), rtol=0.1)
 
 
-def test_no_global_state(screen):
+def test_global_random_state_is_not_used(screen):
     np.random.seed(0)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     Screen(ScreenSpec(n_genes=20)).adata()
@@ -89,7 +85,7 @@ def test_no_global_state(screen):
         {"control_cells_per_line": 10},
     ],
 )
-def test_adding_conditions_leaves_the_others_as_they_are(adata, change):
+def test_adding_conditions_does_not_change_the_others(adata, change):
     changed = Screen(ScreenSpec(**change)).adata()
     shared = adata.obs_names.intersection(changed.obs_names)
     shared = shared[~shared.str.contains("_control_")] if "control_cells_per_line" in change else shared
@@ -100,13 +96,13 @@ def test_adding_conditions_leaves_the_others_as_they_are(adata, change):
     assert (adata.obs.loc[shared, "responder"] == changed.obs.loc[shared, "responder"]).all()
 
 
-def test_more_pairs_contain_the_fewer(screen):
+def test_more_pairs_include_the_fewer(screen):
     assert set(screen.pairs) < set(Screen(ScreenSpec(n_pairs=20)).pairs)
 
 
 @pytest.mark.parametrize("variation", [0.0, 0.4])
-def test_mean_and_variance_of_counts_have_their_closed_form(variation):
-    """With library and cell state log-normal, the law of total variance gives both moments exactly."""
+def test_counts_have_the_mean_and_variance_of_the_closed_form(variation):
+    """For log-normal library size and cell state the law of total variance gives both moments exactly."""
     spec = ScreenSpec(
         n_genes=60,
         responder_fraction=(1, 1),
@@ -115,10 +111,10 @@ def test_mean_and_variance_of_counts_have_their_closed_form(variation):
         cell_strength=variation,
         dispersion=0.3,
     )
-    screen, n = Screen(spec), 100_000
+    screen, n = Screen(spec), 40_000
     counts = screen.sample("beta", "G1", n, seed=0)
     dispersion = np.where(np.arange(60) >= 57, spec.housekeeping_dispersion, spec.dispersion)
-    state = variation**2 * (screen.loadings**2).sum(axis=0) / spec.n_programmes
+    state = variation**2 * (screen.loadings**2).sum(axis=0) / spec.n_programs
     first = spec.library_median * np.exp(variation**2 / 2)
     second = spec.library_median**2 * np.exp(2 * variation**2)
     share = screen.mean("beta", "G1")
@@ -128,18 +124,18 @@ def test_mean_and_variance_of_counts_have_their_closed_form(variation):
     expressed = mean > 0.05
     assert expressed.sum() > 20
     np.testing.assert_allclose(counts.var(axis=0)[expressed], variance[expressed], rtol=0.12)
-    # Not vacuous: a Poisson's variance would miss.
+    # A Poisson variance would fail the test above.
     assert (variance[mean > 10] > 1.5 * mean[mean > 10]).any()
 
 
-def test_library_size_has_its_median_and_spread(screen):
+def test_library_size_has_the_given_median_and_spread(screen):
     spec = screen.spec
     total = screen.sample("alpha", "control", 20_000, seed=0).sum(axis=1)
     assert np.median(total) == pytest.approx(spec.library_median, rel=0.03)
     assert np.log(total).std() == pytest.approx(spec.library_spread, rel=0.1)
 
 
-def test_the_mean_of_fresh_cells_is_the_closed_form_also_for_pairs_not_measured(screen):
+def test_mean_of_new_cells_equals_the_closed_form_for_unmeasured_pairs(screen):
     pair = next(f"G0+G{i}" for i in range(1, 12) if f"G0+G{i}" not in screen.pairs)
     counts = screen.sample("gamma", pair, 60_000, seed=3)
     expected = screen.mean("gamma", pair)
@@ -151,7 +147,7 @@ def test_the_mean_of_fresh_cells_is_the_closed_form_also_for_pairs_not_measured(
     assert (screen.sample("gamma", both, 50, seed=3) == screen.sample("gamma", pair, 50, seed=3)).all()
 
 
-def test_responders_are_a_mixture_and_those_who_escape_are_as_controls():
+def test_cells_are_responders_or_equal_controls():
     screen = Screen(ScreenSpec(responder_fraction=(0.4, 0.7)))
     cells = screen.draw("alpha", "G2", 20_000, seed=0)
     counts = cells.counts.toarray()
@@ -162,8 +158,8 @@ def test_responders_are_a_mixture_and_those_who_escape_are_as_controls():
         np.testing.assert_allclose(part.sum(axis=0) / part.sum(), screen.mean("alpha", "G2", responders), atol=0.006)
     escaped = counts[~cells.responder]
     assert np.allclose(screen.mean("alpha", "G2", False), screen.mean("alpha", "control"))
-    # Along the programmes' change the two kinds are two modes; escaped and control cells are alike.
-    log = {name: log_normalise(sp.csr_matrix(c)).toarray() for name, c in (("all", counts), ("control", control))}
+    # Along the change of the programs responders and others form two modes. Escaped cells equal controls.
+    log = {name: log_normalize(sp.csr_matrix(c)).toarray() for name, c in (("all", counts), ("control", control))}
     axis = log["all"][cells.responder].mean(axis=0) - log["control"].mean(axis=0)
     score = log["all"] @ axis / np.linalg.norm(axis)
     score_control = log["control"] @ axis / np.linalg.norm(axis)
@@ -179,7 +175,7 @@ def test_responders_are_a_mixture_and_those_who_escape_are_as_controls():
     assert bins[1:-1].min() < min(bins[0], bins[-1]) / 2
 
 
-def test_the_escape_fraction_differs_by_line_within_its_range():
+def test_responder_fraction_differs_by_line_within_its_range():
     screen = Screen(ScreenSpec(responder_fraction=(0.3, 0.8), context_specificity=0.5))
     fractions = np.array([[screen.responder_fraction(c, p) for p in screen.perturbations] for c in "abc"])
     assert ((fractions >= 0.3) & (fractions <= 0.8)).all()
@@ -188,7 +184,7 @@ def test_the_escape_fraction_differs_by_line_within_its_range():
     assert len({shared.responder_fraction(line, "G1") for line in shared.spec.cell_lines}) == 1
 
 
-def test_the_planted_interaction_comes_back_from_the_cells():
+def test_interaction_is_recovered_from_the_cells():
     screen = Screen(ScreenSpec(**PLAIN, n_genes=80, interaction_strength=0.5, knockdown=0.5))
     conditions = ("control", "G1", "G2", "G1+G2")
     log = {}
@@ -199,7 +195,7 @@ def test_the_planted_interaction_comes_back_from_the_cells():
     assert expressed.sum() > 40
     seen = (log["G1+G2"] - log["G1"] - log["G2"] + log["control"])[expressed]
     planted = (screen.interaction("alpha", "G1", "G2") @ screen.loadings)[expressed]
-    # The proportions sum to one, which moves all genes by one common constant.
+    # Scaling proportions to sum to one shifts all genes by the same constant.
     np.testing.assert_allclose(seen - seen.mean(), planted - planted.mean(), atol=0.15)
     assert planted.std() > 0.5
     added = screen.shift("alpha", "G1") + screen.shift("alpha", "G2")
@@ -209,7 +205,7 @@ def test_the_planted_interaction_comes_back_from_the_cells():
     np.testing.assert_allclose(none.shift("beta", "G1+G2"), none.shift("beta", "G1") + none.shift("beta", "G2"))
 
 
-def test_interactions_are_synergies_and_epistases():
+def test_interactions_include_synergies_and_epistases():
     screen = Screen()
     signs = []
     for pair in screen.pairs + ["G0+G5", "G1+G6", "G2+G7", "G3+G8"]:
@@ -219,7 +215,7 @@ def test_interactions_are_synergies_and_epistases():
     assert set(signs) == {-1.0, 1.0}
 
 
-def test_the_shared_part_of_an_effect_follows_the_context_specificity():
+def test_context_specificity_sets_the_shared_part_of_effects():
     for share, expected in ((0.0, 1.0), (0.3, 0.7), (1.0, 0.0)):
         screen = Screen(ScreenSpec(context_specificity=share, n_perturbations=200))
         effects = {line: np.stack([screen.shift(line, p) for p in screen.perturbations]) for line in ("alpha", "beta")}
@@ -236,8 +232,8 @@ def test_effect_size_is_the_root_mean_square_log_fold_change():
     assert np.sqrt((changes[:, loaded] ** 2).mean()) == pytest.approx(screen.spec.effect_size, rel=0.08)
 
 
-def test_the_target_is_knocked_down_in_responders():
-    """The knock-down sits on top of the programmes' change, so it is read against a screen without it."""
+def test_target_gene_is_knocked_down_in_responders():
+    """The knock-down adds to the change of the programs, so the reference is a screen without it."""
     down, full = Screen(ScreenSpec(knockdown=0.1)), Screen(ScreenSpec(knockdown=1.0))
     with_, without = (s.mean("alpha", "G4", True) for s in (down, full))
     others = np.arange(200) != 4
@@ -252,7 +248,7 @@ def test_the_target_is_knocked_down_in_responders():
     assert beyond.sample("alpha", "G7", 10, seed=0).shape == (10, 5)
 
 
-def test_batches_differ_by_their_strength():
+def test_batches_differ_by_the_given_strength():
     screen = Screen(ScreenSpec(batch_strength=0.5, n_batches=3))
     cells = screen.draw("alpha", "control", 30_000, seed=0)
     counts = cells.counts.toarray()
@@ -262,7 +258,7 @@ def test_batches_differ_by_their_strength():
     assert np.bincount(cells.batch).min() > 9_000
 
 
-def test_x_is_what_scanpy_makes_of_the_counts(adata):
+def test_expression_equals_scanpy_normalization_of_the_counts(adata):
     reference = anndata.AnnData(adata.layers["counts"].astype(np.float32), obs=adata.obs[[]])
     sc.pp.normalize_total(reference, target_sum=1e4)
     sc.pp.log1p(reference)
@@ -270,12 +266,12 @@ def test_x_is_what_scanpy_makes_of_the_counts(adata):
     assert (adata.obs["library_size"].to_numpy() == adata.layers["counts"].sum(axis=1).A1).all()
 
 
-def test_a_cell_without_counts_stays_zero():
+def test_cell_without_counts_stays_zero():
     counts = sp.csr_matrix(np.array([[0, 0], [1, 3]], dtype=np.int32))
-    np.testing.assert_allclose(log_normalise(counts).toarray(), [[0, 0], np.log1p([2500, 7500])], rtol=1e-6)
+    np.testing.assert_allclose(log_normalize(counts).toarray(), [[0, 0], np.log1p([2500, 7500])], rtol=1e-6)
 
 
-def test_the_truth_comes_back_from_the_file(tmp_path):
+def test_truth_is_rebuilt_from_the_file(tmp_path):
     screen = Screen(ScreenSpec(seed=5, n_genes=30, cell_lines=("x", "y"), responder_fraction=(0.5, 0.9)))
     path = screen.write(tmp_path / "new" / "screen.h5ad")
     assert [p.name for p in path.parent.iterdir()] == ["screen.h5ad"]
@@ -290,7 +286,7 @@ def test_the_truth_comes_back_from_the_file(tmp_path):
         Screen.from_adata(adata)
 
 
-def test_fresh_cells_are_a_replicate_and_never_the_screen_itself(screen, adata):
+def test_new_cells_are_a_replicate_of_the_screen(screen, adata):
     mine = adata[(adata.obs["cell_type"] == "alpha") & (adata.obs["condition"] == "G3")]
     fresh = screen.sample("alpha", "G3", mine.n_obs, seed=0)
     assert (fresh != mine.layers["counts"].toarray()).any()
@@ -301,8 +297,8 @@ def test_fresh_cells_are_a_replicate_and_never_the_screen_itself(screen, adata):
     assert (replicate[rows].layers["counts"].toarray() == fresh).all()
 
 
-def test_the_default_looks_like_a_screen_whose_conditions_can_be_told_and_predicted(screen, adata):
-    """The calibration: zeros and a gap, effects above the replicate level, effects shared between lines."""
+def test_default_effects_exceed_replicates_and_are_shared_between_lines(screen, adata):
+    """Default settings give realistic zeros, effects above the replicate level, and effects shared between lines."""
     values = adata.X.data
     assert 0.15 < adata.X.nnz / np.prod(adata.shape) < 0.35
     assert values.min() > 0.4
@@ -311,7 +307,7 @@ def test_the_default_looks_like_a_screen_whose_conditions_can_be_told_and_predic
         for condition in ("control", *screen.perturbations):
             for seed in (1, 2):
                 counts = sp.csr_matrix(screen.sample(line, condition, 300, seed))
-                log[line, condition, seed] = log_normalise(counts).toarray()
+                log[line, condition, seed] = log_normalize(counts).toarray()
     to_control, to_replicate, change = [], [], {}
     for line in screen.spec.cell_lines:
         control = log[line, "control", 1]
@@ -327,7 +323,7 @@ def test_the_default_looks_like_a_screen_whose_conditions_can_be_told_and_predic
     assert 0.6 < np.mean(cosines) < 0.8
 
 
-def test_simulate_writes_once_and_again_when_the_spec_differs(tmp_path, monkeypatch):
+def test_simulate_writes_again_only_if_the_spec_differs(tmp_path, monkeypatch):
     path, small = (
         tmp_path / "screen.h5ad",
         {"n_genes": 20, "cells_per_condition": 4, "control_cells_per_line": 5},
@@ -335,7 +331,7 @@ def test_simulate_writes_once_and_again_when_the_spec_differs(tmp_path, monkeypa
     written = []
     monkeypatch.setattr(Screen, "write", lambda self, p, write=Screen.write: written.append(p) or write(self, p))
     assert simulate(path, **small) == str(path)
-    # A config gives lists, and whole numbers where fractions are meant.
+    # A config contains lists, and whole numbers for fractions.
     simulate(str(path), **small, cell_lines=["alpha", "beta", "gamma"], library_median=1500)
     assert len(written) == 1
     simulate(path, **small, seed=1)
@@ -346,19 +342,19 @@ def test_simulate_writes_once_and_again_when_the_spec_differs(tmp_path, monkeypa
     assert len(written) == 3
 
 
-def test_simulate_leaves_other_files_alone(tmp_path):
+def test_simulate_does_not_replace_other_files(tmp_path):
     real = tmp_path / "real.h5ad"
     anndata.AnnData(np.ones((2, 2), dtype=np.float32)).write_h5ad(real)
     text = tmp_path / "notes.txt"
     text.write_text("mine")
     for path in (real, text, tmp_path):
         before = path.stat().st_mtime_ns
-        with pytest.raises(InputError, match="found something that is no simulated screen"):
+        with pytest.raises(InputError, match="found something other than a simulated screen"):
             simulate(path)
         assert path.stat().st_mtime_ns == before
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def fail(self, path, **kwargs):
         path.write_bytes(b"half")
         raise OSError("disk full")
@@ -373,32 +369,32 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     ("wrong", "said"),
     [
         ({"n_gene": 3}, "unknown setting 'n_gene'; did you mean 'n_genes'?"),
-        ({"zzz": 3}, "unknown setting 'zzz'; it takes seed"),
+        ({"zzz": 3}, "unknown setting 'zzz'; the settings are seed"),
         ({"n_genes": 0}, "n_genes: found 0, expected at least 1"),
         ({"n_genes": 2.5}, "n_genes: found 2.5, expected a whole number"),
         ({"n_pairs": 70}, "n_pairs: found 70, expected at most 66"),
-        ({"n_programmes": 1}, "n_programmes: found 1, expected at least 2"),
+        ({"n_programs": 1}, "n_programs: found 1, expected at least 2"),
         ({"cell_lines": ["a", "a"]}, "cell_lines: found .* expected one or more different names"),
         ({"cell_lines": "alpha"}, "cell_lines: found 'alpha', expected a list"),
-        ({"responder_fraction": [0.9, 0.2]}, "responder_fraction: found .* the lower first"),
+        ({"responder_fraction": [0.9, 0.2]}, "responder_fraction: found .* the smaller first"),
         ({"dispersion": -1}, "dispersion: found -1.0, expected 0 or more"),
         ({"effect_size": float("nan")}, "effect_size: found nan, expected a number"),
         ({"knockdown": 2}, "knockdown: found 2.0, expected a share between 0 and 1"),
         ({"library_median": 0}, "library_median: found 0.0, expected above 0"),
     ],
 )
-def test_settings_that_make_no_screen(wrong, said):
+def test_invalid_settings_are_errors(wrong, said):
     with pytest.raises(InputError, match=said.replace("?", r"\?")):
         ScreenSpec.from_mapping(wrong)
 
 
 @pytest.mark.parametrize("perturbation", ["G99", "g1", "G1+G1", "G1+", "", "G1+control"])
-def test_perturbations_that_the_screen_does_not_know(screen, perturbation):
+def test_unknown_perturbation_is_an_error(screen, perturbation):
     with pytest.raises(InputError, match="expected 'control' or different ones of G0 to G11 joined by"):
         screen.sample("alpha", perturbation, 3, seed=0)
 
 
-def test_a_cell_line_that_the_screen_does_not_know(screen):
+def test_unknown_cell_line_is_an_error(screen):
     with pytest.raises(InputError, match="cell line 'omega': expected one of alpha, beta, gamma"):
         screen.mean("omega", "G1")
 
