@@ -16,11 +16,13 @@ from primeflow_perturbench.perturbench.embedded.modelcore.train import train
 CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 ROOTS = ["predict", "train"]
+# No configuration of Hydra: `primeflow sweep` reads it.
+ABLATIONS = "ablations"
 BASELINES = ["linear_additive", "latent_additive", "decoder_only"]
 # Those that show that checkpoints are written.
 WITH_CHECKPOINTS = ("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")
 # PyTorch shards on GPUs alone; test_distributed.py composes it.
-STEPLESS = (*ROOTS, "trainer/fsdp")
+STEPLESS = (*ROOTS, ABLATIONS, "trainer/fsdp")
 # What keeps a step short; the sizes of the networks stay.
 ONE_STEP = [
     "test=false",
@@ -75,7 +77,7 @@ def screen_file(screen: ad.AnnData, folder: Path) -> Path:
 SAVED_SPLITS = (
     "data/splitter/saved",
     "experiment/devel/heldout",
-    "experiment/ablation/suite",
+    "experiment/ablations",
     "experiment/leaderboard/devel",
 )
 # Those that make a split of the contexts of other data.
@@ -109,10 +111,10 @@ def asking_for(name: str, data_folder: Path) -> list[str]:
     named = name.endswith("_no_controls") or (name.startswith("experiment/primeflow/") and option != "base")
     given += [f"paths.data_dir={data_folder}"]
     if name in ("model/conditions/external", "model/conditions/mixture"):
-        given.append(f"+perturbation_embeddings_path={data_folder / 'embeddings.parquet'}")
+        given.append(f"perturbation_embeddings_path={data_folder / 'embeddings.parquet'}")
     if name in ATLASES:
         given.append(f"data.data.filename={data_folder / 'manifest.yaml'}")
-    elif not named and name != "experiment/quickstart":
+    elif not named and name not in ("experiment/quickstart", "experiment/leaderboard/simulated"):
         given.append(f"data.data.filename={data_folder / 'screen.h5ad'}")
     if name in PREPARED_SPLITS:
         given += ["prepare.context={cell_type: alpha}"] + ["prepare.test=[G0]"] * name.endswith("finetune/devel")

@@ -21,7 +21,7 @@ examples:
   primeflow data download norman19 && primeflow train experiment=primeflow/norman19
   primeflow predict ckpt_path=runs/NAME/checkpoints/last.ckpt prediction_dataframe_path=conditions.csv
   primeflow evaluate predicted.h5ad measured.h5ad --covariate-keys cell_type
-  primeflow sweep experiment=ablation/space seed=0,1,2 && primeflow leaderboard runs/ --output leaderboard
+  primeflow sweep ablation=guidance seed=0,1,2 && primeflow leaderboard runs/ --output leaderboard
 
 The settings of train and predict are Hydra overrides: --help lists them, --cfg job prints a composed configuration.
 """

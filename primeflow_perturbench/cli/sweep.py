@@ -1,27 +1,24 @@
-"""``primeflow sweep``: many trainings by one command, which goes on where it stopped."""
+"""``primeflow sweep``: many trainings by one command, which continues where it stopped."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from primeflow_perturbench.cli.common import answering, make_console
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-# Statuses of a program some of whose trials failed, and of one ended by SIGINT.
-SOME_FAILED = 1
-INTERRUPTED = 130
+# Exit statuses: some trials failed; ended by SIGINT; ended by SIGTERM.
+SOME_FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 
 EXAMPLES = """\
 examples:
-  primeflow sweep experiment=ablation/space seed=0,1,2 data=norman19_no_controls
-  primeflow sweep experiment=ablation/network hydra/launcher=joblib hydra.launcher.n_jobs=4
+  primeflow sweep ablation=space,solver seed=0,1,2 data=norman19_no_controls
+  primeflow sweep experiment=ablations seed=0,1 data.data.filename=cells.h5ad data.splitter.split_path=split.csv
   primeflow sweep experiment=leaderboard/norman19 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
+  primeflow sweep model=primeflow_fast model.lr=1e-3,1e-4 hydra/launcher=joblib hydra.launcher.n_jobs=4
   primeflow sweep experiment=search/primeflow_fast data=norman19_no_controls
 
-The same command goes on where it stopped: a finished trial is not run again.
+The same command continues where it stopped: finished trials are not run again.
 """
 
 
@@ -29,51 +26,36 @@ def parse() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="primeflow sweep",
-        description="Run the trials of an experiment, one for each value that is swept.",
+        description="Run the trials of ablations, of an experiment, or one for each value of swept settings.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="settings as of train; several values sweep")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of all sweeps (default: %(default)s)")
     parser.add_argument(
-        "--attempts",
-        type=int,
-        default=2,
-        help="how often a trial is begun whose worker is killed (default: %(default)s)",
+        "overrides", nargs="*", metavar="OVERRIDE", help="settings as of train, several values sweep; ablation=NAME,..."
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run trials again that are recorded as failed")
-    parser.add_argument("--dry-run", action="store_true", help="list the trials and end")
-    chosen = parser.parse_intermixed_args()
-    if chosen.attempts < 1:
-        parser.error(f"--attempts must be at least 1, got {chosen.attempts}")
-    return chosen
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder of all sweeps (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the multiruns of Hydra and end")
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    """Do what the command line says."""
-    chosen = parse()
-    console = make_console()
-    answering(lambda: work(chosen, console))
+    """Run the sweep and end with its status."""
+    chosen, console = parse(), make_console()
+    # Raises here, so that the workers of the sweep end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
+    def work() -> None:
+        from primeflow_perturbench.sweeps.launch import sweep
 
-def work(chosen: argparse.Namespace, console: "Console") -> None:
-    """Run the sweep, say what came of it and end with its status."""
-    from primeflow_perturbench.sweeps.command import sweep
+        try:
+            failures = sweep(chosen.overrides, chosen.output, console, dry_run=chosen.dry_run)
+        except KeyboardInterrupt:
+            console.print("Interrupted. The same command continues where it stopped.")
+            sys.exit(INTERRUPTED)
+        if failures:
+            sys.exit(SOME_FAILED)
 
-    try:
-        failures = sweep(
-            chosen.overrides,
-            chosen.output,
-            console,
-            attempts=chosen.attempts,
-            retry_failed=chosen.retry_failed,
-            dry_run=chosen.dry_run,
-        )
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on where it stopped.")
-        sys.exit(INTERRUPTED)
-    if failures:
-        sys.exit(SOME_FAILED)
+    answering(work)
 
 
 if __name__ == "__main__":

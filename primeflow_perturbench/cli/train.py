@@ -1,29 +1,32 @@
-"""``primeflow train``: train, generate the held-out conditions and score them: a Hydra application."""
+"""``primeflow train``: train, generate the held-out conditions and score them. A Hydra application."""
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
+from primeflow_perturbench.sweeps.trials import objective_value, run_trial
+
+
+def train(cfg: DictConfig, console: Console) -> float | None:
+    """Train and test; return the objective of settings that have one."""
+    from primeflow_perturbench.training.run import train_run
+
+    quieten_lightning()
+    summary = train_run(cfg, console)
+    return objective_value(summary, cfg.objective) if summary is not None and cfg.get("objective") else None
 
 
 @hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Run what the settings say; a sweeper of Hydra's gets the objective of settings that have one."""
+    """Run one training, or a trial of a multirun; a sweeper of Hydra receives the trial's objective."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_trial(cfg, train)
     console = make_console()
-    objective = None
-
-    def work() -> None:
-        nonlocal objective
-        from primeflow_perturbench.sweeps.objective import objective_value
-        from primeflow_perturbench.training.run import train_run
-
-        quieten_lightning()
-        summary = train_run(cfg, console)
-        if summary is not None and cfg.get("objective"):
-            objective = objective_value(summary, cfg.objective)
-
-    answering(work)
-    return objective
+    answering(lambda: train(cfg, console))
+    return None
 
 
 if __name__ == "__main__":

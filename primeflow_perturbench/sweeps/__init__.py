@@ -1,1 +1,1 @@
-"""Sweeps: from override grammar to trials, trials to run folders, whatever dies on the way."""
+"""Sweeps: Hydra's multirun over ablations, leaderboards and searches, with a record of every trial."""

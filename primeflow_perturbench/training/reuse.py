@@ -137,7 +137,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _digest(cfg: DictConfig, excluded: Iterable[str]) -> str:
     # 1 and 1.0 are the same setting.
     settings = json.loads(json.dumps(OmegaConf.to_container(cfg, resolve=False)), parse_int=float)
-    for key in ("hydra", *excluded):
+    for key in excluded:
         *parents, last = key.split(".")
         node = settings
         for parent in parents:

@@ -71,12 +71,12 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
         On bad data or settings.
     """
     check_settings(cfg)
-    folder = Path(cfg.paths.output_dir)
+    folder, digest = Path(cfg.paths.output_dir), run_digest(cfg)
     if is_finished(cfg):
         console.print(f"Already finished; the run is in {folder}")
         return pd.read_csv(folder / "table.csv", index_col=0) if cfg.test else None
     if shares_training(cfg):
-        return train_run(with_shared_training(cfg, lambda training: train_run(training, console)), console)
+        cfg = with_shared_training(cfg, lambda training: train_run(training, console))
     if cfg.prepare is not None:
         hydra.utils.instantiate(cfg.prepare)
     cells = None if reads_atlas(cfg) else open_cells(cfg, console)
@@ -101,7 +101,7 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     console.print(costs(record), highlight=False)
     summary = score_run(cfg, cells.to_memory(), type(done["model"]).__name__, console) if cfg.test else None
     # Last, because the digest marks the run as finished.
-    write_json(folder / "environment.json", record | {"settings": run_digest(cfg)})
+    write_json(folder / "environment.json", record | {"settings": digest})
     console.print(f"{'Everything about this run is' if cfg.test else 'Trained; the run is'} in {folder}")
     return summary
 

@@ -1,4 +1,4 @@
-"""A worker of a sweep whose trials are no trainings: they write a number, or do what their setting says."""
+"""A Hydra application whose trials do not train: they write a number, or do what the setting ``fates`` says."""
 
 import os
 import signal
@@ -8,33 +8,33 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from primeflow_perturbench.sweeps.trials import run_trial
 
-def work(cfg: DictConfig, console) -> None:
-    """Write a table; ``fates`` says what befalls a seed."""
-    fates = cfg.get("fates") or {}
-    fate, folder = fates.get(f"seed{cfg.seed}"), Path(cfg.paths.output_dir)
+
+def work(cfg: DictConfig, console) -> float:
+    """Write a table. ``fates`` maps ``seed0`` and so on to ``fails``, ``killed``, ``killed once`` or ``sleeps``."""
+    folder = Path(cfg.paths.output_dir)
+    if (folder / "table.csv").is_file():
+        return float(cfg.seed)
+    fate = (cfg.get("fates") or {}).get(f"seed{cfg.seed}")
     with (folder / "begun.txt").open("a") as begun:
         begun.write(f"{os.getpid()}\n")
     console.print(f"seed {cfg.seed}")
     first = len((folder / "begun.txt").read_text().split()) == 1
     if fate == "fails":
-        raise ValueError(f"seed {cfg.seed} is one that fails\nand says so at length")
+        raise ValueError(f"seed {cfg.seed} fails\nand says so at length")
     if fate == "killed" or (fate == "killed once" and first):
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
-    if cfg.train:
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        (folder / "checkpoints" / "last.ckpt").write_text(f"{cfg.seed}")
-    if cfg.test:
-        value = float(cfg.seed) if cfg.train else float(Path(cfg.ckpt_path).read_text()) + 0.5
-        (folder / "table.csv").write_text(f",PRiMeFlow\nrmse_average,{value}\n")
+    if fate == "sleeps":
+        time.sleep(60)
+    (folder / "table.csv").write_text(f",PRiMeFlow\nrmse_average,{cfg.seed}\n")
+    return float(cfg.seed)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     from cheap_trials import work
-
-    from primeflow_perturbench.sweeps.worker import run_trial
 
     return run_trial(cfg, work)
 
