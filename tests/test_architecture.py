@@ -41,8 +41,6 @@ UPWARD: set[tuple[str, str]] = {
     ("pretrained.folder", "training.provenance"),
     ("pretrained.from_run", "model"),
     ("pretrained.sample", "model"),
-    ("sweeps.worker", "cli.common"),
-    ("sweeps.worker", "configs"),
 }
 CYCLIC: set[tuple[str, str]] = {
     ("finetuning.weight_transfer", "model"),
@@ -53,16 +51,12 @@ CYCLIC: set[tuple[str, str]] = {
     ("pretrained.sample", "model"),
 }
 FOLDER_CYCLES: set[tuple[str, str]] = {
-    ("cli", "sweeps"),
-    ("evaluation", "model"),
     ("finetuning", "model"),
     ("model", "finetuning"),
     ("model", "pretrained"),
     ("model", "training"),
     ("pretrained", "model"),
     ("pretrained", "training"),
-    ("sweeps", "cli"),
-    ("training", "evaluation"),
     ("training", "finetuning"),
 }
 DRAWER: set[str] = {
