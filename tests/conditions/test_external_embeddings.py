@@ -282,7 +282,7 @@ def screen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("screen")
     spec = ScreenSpec(
         n_genes=40,
-        n_programmes=2,
+        n_programs=2,
         n_perturbations=32,
         n_pairs=0,
         cell_lines=("alpha",),
