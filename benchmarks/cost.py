@@ -1,13 +1,12 @@
-"""What training and sampling cost as the data grow: over genes, batch size, conditions and cells.
+"""Growth of the cost of training, sampling and loading with genes, batch size, conditions and cells.
 
     python benchmarks/cost.py --device cuda
 
-One size at a time is turned, the others stay. The network is that of `primeflow_fast`; a
-step of its solver is timed and multiplied. Loading goes once through all training cells of a sparse h5ad in memory. The
-exponent of each cost is the slope of its logarithm against that of the size, by least squares: 1 is linear, less means
-that a fixed part weighs more. "At the top" is the slope between the two largest sizes, where the fixed part weighs
-least. Writes ``benchmarks/results/cost.json`` and ``cost.md`` at the end, so that an interruption keeps the last ones.
-The network needs torch and numpy alone; without the package's other libraries the loading is left out.
+Varies one size at a time. The network is that of `primeflow_fast`; one step of its solver is timed and multiplied.
+Loading is one pass through all training cells of a sparse h5ad in memory. The exponent of a cost is the slope of its
+logarithm against that of the size, by least squares: 1 is linear, less means that a fixed part dominates. "At the top"
+is the slope between the two largest sizes, where the fixed part matters least. Writes ``benchmarks/results/cost.json``
+and ``cost.md`` at the end. Needs torch and numpy; loading is left out if anndata is not installed.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SIZES = {
     "cells": (1000, 10_000, 50_000, 200_000),
 }
 QUICK = {"genes": (100, 200), "batch": (2, 4), "conditions": (10, 20), "cells": (400, 800)}
-# What stays as it is while another size is turned.
+# The sizes that are not varied.
 FIXED = {
     "cuda": {"genes": 5000, "batch": 64, "conditions": 200},
     "cpu": {"genes": 1000, "batch": 8, "conditions": 200},
@@ -42,21 +41,21 @@ FIXED = {
 STORED_GENES = 1000
 STORED_CELLS = 20_000
 SOLVER = ("midpoint", 5)
-# Figure -> heading and unit; the parts that have it are those of which it depends on the size.
+# Figure -> heading and unit. A part has the figures that depend on its size.
 FIGURES = {
-    "train_cell_ms": "training, ms a cell",
-    "train_step_ms": "training, ms a step",
+    "train_cell_ms": "training, ms per cell",
+    "train_step_ms": "training, ms per step",
     "train_gib": "training, peak GiB",
-    "sample_cell_ms": "sampling, ms a cell",
-    "sample_step_ms": "sampling, ms a step",
+    "sample_cell_ms": "sampling, ms per cell",
+    "sample_step_ms": "sampling, ms per step",
     "sample_gib": "sampling, peak GiB",
-    "load_epoch_s": "loading, s an epoch",
+    "load_epoch_s": "loading, s per epoch",
     "load_gib": "loading, peak GiB",
 }
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """What a job asks for; in a process of its own, whose memory is then the job's."""
+    """Figures of a job. It runs in its own process, so that the peak memory is its own."""
     if job["what"] == "network":
         return measure_network(job)
     if job["what"] == "screen":
@@ -66,7 +65,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
 
 def network_steps(genes: int, batch: int, conditions: int, device: str, **changed: Any) -> dict[str, Callable]:
-    """A step of sampling and a step of training, of one network."""
+    """A sampling step and a training step of one network."""
     import torch
 
     from primeflow_perturbench.flow.solver import ODESolver
@@ -84,9 +83,9 @@ def network_steps(genes: int, batch: int, conditions: int, device: str, **change
 
 
 def measure_network(job: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of a step of sampling and of training, by the batch and by the cell, and their peak memory."""
+    """Milliseconds of a sampling and a training step, per batch and per cell, and their peak memory."""
     device, batch, changed = job["device"], job["batch"], job.get("changed", {})
-    # A tiny network first: what libraries take for themselves is no cost of the size.
+    # A tiny network first, so that the memory of the libraries does not count.
     for step in network_steps(64, 2, 2, device, **changed).values():
         step()
     peak, found = PeakMemory(device), {}
@@ -101,8 +100,8 @@ def measure_network(job: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_loading(job: dict[str, Any]) -> dict[str, float]:
-    """Seconds to go through the training cells of a stored screen, and peak memory, the data included."""
-    # A tiny screen first, as for the network.
+    """Seconds of a pass through the training cells of a stored screen, and peak memory including the data."""
+    # A tiny screen first, so that the memory of the libraries does not count.
     with tempfile.TemporaryDirectory() as folder:
         write_screen(Path(folder), 100, 20, 4)
         exhaust(data_module(Path(folder), BATCH).train_dataloader())
@@ -113,34 +112,34 @@ def measure_loading(job: dict[str, Any]) -> dict[str, float]:
 
 
 def network_cost(device: str, seconds: float, sizes: dict[str, int]) -> dict[str, float]:
-    """`measure_network` in a process of its own."""
+    """`measure_network` in its own process."""
     return run_job(__file__, [], {"what": "network", "device": device, "seconds": seconds, **sizes})
 
 
 def loading_cost(seconds: float, cells: int, conditions: int) -> dict[str, float]:
-    """`measure_loading` in a process of its own, of a screen that another one wrote."""
+    """`measure_loading` in its own process, of a screen written by another one."""
     with tempfile.TemporaryDirectory() as folder:
         screen = {"cells": cells, "genes": STORED_GENES, "conditions": conditions, "folder": folder}
         run_job(__file__, [], {"what": "screen", **screen})
         return run_job(__file__, [], {"what": "loading", "seconds": seconds, **screen})
 
 
-def run_size(part: str, size: int, chosen: argparse.Namespace) -> dict[str, float]:
-    """Costs at one size of a part: of the network, of loading, or of both where both depend on it."""
-    fixed, found = FIXED[chosen.device], {}
+def run_size(part: str, size: int, options: argparse.Namespace) -> dict[str, float]:
+    """Costs at one size of a part: of the network, of loading, or of both if both depend on it."""
+    fixed, found = FIXED[options.device], {}
     if part != "cells":
-        found |= network_cost(chosen.device, chosen.seconds, fixed | {part: size} | chosen.narrow)
-    if chosen.loading and part in ("cells", "conditions"):
-        sizes = {"cells": STORED_CELLS if not chosen.quick else 400, "conditions": fixed["conditions"]}
-        found |= loading_cost(chosen.seconds, **sizes | {part: size})
-    # By the cell tells nothing more where the batch stays.
+        found |= network_cost(options.device, options.seconds, fixed | {part: size} | options.narrow)
+    if options.loading and part in ("cells", "conditions"):
+        sizes = {"cells": STORED_CELLS if not options.quick else 400, "conditions": fixed["conditions"]}
+        found |= loading_cost(options.seconds, **sizes | {part: size})
+    # With a fixed batch, the cost per step adds nothing to the cost per cell.
     per = "step_ms" if part == "batch" else "cell_ms"
     drop = {"step_ms", "cell_ms"} - {per}
     return {name: figure for name, figure in found.items() if not name.endswith(tuple(drop))}
 
 
 def slope(sizes: list[float], costs: list[float]) -> float | None:
-    """Exponent of cost against size, by least squares of their logarithms; ``None`` if a cost is too small to see."""
+    """Exponent of cost against size, by least squares of the logarithms; ``None`` if a cost is not measurable."""
     import numpy as np
 
     if len(sizes) < 2 or min(costs) <= 0:
@@ -149,7 +148,7 @@ def slope(sizes: list[float], costs: list[float]) -> float | None:
 
 
 def exponents(part: str, runs: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Exponent over all sizes, and at the top, by figure."""
+    """Exponents over all sizes and at the top, by figure."""
     runs = sorted(runs, key=lambda run: run[part])
     sizes = [run[part] for run in runs]
     figures = [name for name in FIGURES if name in runs[0]]
@@ -158,13 +157,13 @@ def exponents(part: str, runs: list[dict[str, float]]) -> dict[str, dict[str, fl
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Tables of all parts, with their exponents as last rows."""
+    """Tables of all parts, with the exponents as last rows."""
     machine = record["hardware"]
     fixed = ", ".join(f"{name} {value:,}" for name, value in record["fixed"].items())
     precision = "bf16" if record["bf16"] else "float32"
     where = machine["gpu"] if record["device"] == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
     lines = [
-        f"{where}; {precision}. Unless turned: {fixed}. Loading: genes {record['stored_genes']:,}, one value in ten, "
+        f"{where}; {precision}. Unless varied: {fixed}. Loading: genes {record['stored_genes']:,}, one value in ten, "
         f"cells {record['stored_cells']:,}.",
         "Exponent: slope of the logarithms, 1 is linear; at the top: between the two largest sizes.",
     ]
@@ -185,43 +184,43 @@ def markdown(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=SIZES, default=list(SIZES), help="sizes to turn; default: all")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at least")
-    parser.add_argument("--quick", action="store_true", help="two small sizes a part, to see that it runs")
-    parser.add_argument("--commit", default=commit(), help="of the source, where the machine has no checkout of git")
+    parser.add_argument("--parts", nargs="+", choices=SIZES, default=list(SIZES), help="sizes to vary (default: all)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="minimum duration of each measurement")
+    parser.add_argument("--quick", action="store_true", help="two small sizes per part, as a smoke test")
+    parser.add_argument("--commit", default=commit(), help="commit of the source, if the machine has no git")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.job is not None:
-        print(json.dumps(measure(chosen.job)))
+    options = parser.parse_args()
+    if options.job is not None:
+        print(json.dumps(measure(options.job)))
         return
-    chosen.loading = importlib.util.find_spec("anndata") is not None
-    chosen.narrow = {"changed": {"width": 8}} if chosen.quick else {}
-    chosen.seconds = 0.01 if chosen.quick else chosen.seconds
+    options.loading = importlib.util.find_spec("anndata") is not None
+    options.narrow = {"changed": {"width": 8}} if options.quick else {}
+    options.seconds = 0.01 if options.quick else options.seconds
     parts: dict[str, list[dict[str, float]]] = {}
-    for part in chosen.parts:
-        if part == "cells" and not chosen.loading:
+    for part in options.parts:
+        if part == "cells" and not options.loading:
             print("cells: left out, loading needs anndata")
             continue
-        for size in (QUICK if chosen.quick else SIZES)[part]:
-            run = {part: size} | {name: float(f"{x:.4g}") for name, x in run_size(part, size, chosen).items()}
+        for size in (QUICK if options.quick else SIZES)[part]:
+            run = {part: size} | {name: float(f"{x:.4g}") for name, x in run_size(part, size, options).items()}
             parts.setdefault(part, []).append(run)
             print(json.dumps(run), flush=True)
     record = {
-        "device": chosen.device,
-        "fixed": FIXED[chosen.device],
+        "device": options.device,
+        "fixed": FIXED[options.device],
         "stored_genes": STORED_GENES,
         "stored_cells": STORED_CELLS,
         "solver": SOLVER,
-        "bf16": in_bf16(chosen.device),
+        "bf16": in_bf16(options.device),
         "hardware": hardware(),
         "versions": versions(),
-        "commit": chosen.commit,
+        "commit": options.commit,
         "parts": parts,
         "exponents": {part: exponents(part, runs) for part, runs in parts.items()},
     }
-    write_json(chosen.output, record)
-    chosen.output.with_suffix(".md").write_text(markdown(record))
+    write_json(options.output, record)
+    options.output.with_suffix(".md").write_text(markdown(record))
 
 
 if __name__ == "__main__":

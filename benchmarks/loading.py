@@ -1,11 +1,11 @@
-"""Time that loading a batch takes, as a share of a training step of `primeflow_fast`.
+"""Time to load a batch, as a share of a training step of `primeflow_fast`.
 
     python benchmarks/loading.py --device cuda
 
 Loads as training does (the data module over an h5ad in memory, sparse rows to dense batches with their conditions, in
-the training's process), and beside it the least that any loader does: slicing rows of the scipy matrix and
-``toarray``. Both go through the same cells in the same order. A step is measured on ``--cells`` cells on the device and
-counted by the cell. Writes ``benchmarks/results/loading.json`` at the end, so that an interruption keeps the last one.
+the process of the training), and for comparison the minimum that any loader does: slicing rows of the scipy matrix and
+``toarray``. Both load the same cells in the same order. A step is measured on ``--cells`` cells on the device and
+compared per cell. Writes ``benchmarks/results/loading.json`` at the end.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CELLS = 8000
 PERTURBATIONS = 200
 LINES = 3
 BATCH = 256
-# One gene in ten is seen in a cell.
+# A cell expresses one gene in ten.
 STRIDE = 10
 
 
 def write_screen(folder: Path, n_cells: int, n_genes: int, n_perturbations: int) -> None:
-    """Write ``cells.h5ad``, sparse with one value in ten, and ``split.csv``: nine cells in ten for training."""
+    """Write ``cells.h5ad``, with one nonzero value in ten, and ``split.csv``, with nine training cells in ten."""
     import anndata as ad
     import numpy as np
     import pandas as pd
@@ -62,11 +62,11 @@ def write_screen(folder: Path, n_cells: int, n_genes: int, n_perturbations: int)
 
 
 def data_module(folder: Path, batch: int):
-    """The data module of a run over what `write_screen` wrote, ready to train."""
-    from primeflow_perturbench.perturbench.embedded.data.datasets import SingleCellPerturbation
-    from primeflow_perturbench.perturbench.embedded.data.modules import AnnDataLitModule
-    from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
+    """The data module of a run on the files of `write_screen`, ready to train."""
+    from primeflow_perturbench.perturbench.backend import load_embedded
 
+    names = ("datasets.SingleCellPerturbation", "modules.AnnDataLitModule", "transforms.pipelines.SingleCellPipeline")
+    SingleCellPerturbation, AnnDataLitModule, SingleCellPipeline = (load_embedded(f"data.{name}") for name in names)
     factory = partial(SingleCellPerturbation.from_anndata, perturbation_key="condition", covariate_keys=["cell_type"])
     dependencies = {"perturbation_uniques": "perturbation_uniques", "covariate_uniques": "covariate_uniques"}
     module = AnnDataLitModule(
@@ -81,7 +81,7 @@ def data_module(folder: Path, batch: int):
 
 
 def plain_batches(module):
-    """Yield the same cells in the same order as the loader, dense, by numpy and scipy alone."""
+    """Yield the cells of the loader in its order, as dense arrays, with numpy and scipy alone."""
     import numpy as np
     import torch
 
@@ -91,13 +91,13 @@ def plain_batches(module):
 
 
 def exhaust(batches) -> None:
-    """Go through batches and keep none."""
+    """Iterate over batches without keeping them."""
     for _ in batches:
         pass
 
 
 def load_times(n_genes: int, n_cells: int, batch: int, seconds: float) -> dict[str, float]:
-    """Milliseconds a batch of the loader and of the plain path, after one epoch of each."""
+    """Milliseconds per batch of the loader and of plain slicing, after a warm-up epoch of each."""
     with tempfile.TemporaryDirectory() as folder:
         write_screen(Path(folder), n_cells, n_genes, min(PERTURBATIONS, n_cells // 20))
         module = data_module(Path(folder), batch)
@@ -111,7 +111,7 @@ def load_times(n_genes: int, n_cells: int, batch: int, seconds: float) -> dict[s
 
 
 def step_time(n_genes: int, cells: int, device: str, seconds: float, **changed: Any) -> float:
-    """Milliseconds a training step of `primeflow_fast`, after a warm-up."""
+    """Milliseconds per training step of `primeflow_fast`, after a warm-up."""
     import torch
 
     network = build("primeflow_fast", n_genes, **changed).to(device).train()
@@ -128,35 +128,35 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--genes", type=int, nargs="+", default=GENES)
     parser.add_argument("--batch", type=int, default=BATCH, help="cells in a loaded batch")
-    parser.add_argument("--cells", type=int, help=f"in a timed step; default: {BATCH} on cuda, 4 on cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, at least")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--commit", default=commit(), help="of the source, where the machine has no checkout of git")
+    parser.add_argument("--cells", type=int, help=f"cells in a timed step (default: {BATCH} on cuda, 4 on cpu)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="minimum duration of each measurement")
+    parser.add_argument("--quick", action="store_true", help="small sizes, as a smoke test")
+    parser.add_argument("--commit", default=commit(), help="commit of the source, if the machine has no git")
     parser.add_argument("--output", type=Path, default=RESULT)
-    chosen = parser.parse_args()
-    genes, seconds, stored = (chosen.genes, chosen.seconds, CELLS) if not chosen.quick else ((100, 200), 0.01, 600)
-    cells = chosen.cells or (BATCH if chosen.device == "cuda" else 4)
-    changed = {"width": 8} if chosen.quick else {}
+    options = parser.parse_args()
+    genes, seconds, stored = (options.genes, options.seconds, CELLS) if not options.quick else ((100, 200), 0.01, 600)
+    cells = options.cells or (BATCH if options.device == "cuda" else 4)
+    changed = {"width": 8} if options.quick else {}
     runs = []
     for n_genes in genes:
-        run = {"genes": n_genes} | load_times(n_genes, stored, chosen.batch, seconds)
+        run = {"genes": n_genes} | load_times(n_genes, stored, options.batch, seconds)
         run["times_plain"] = run["loader_ms"] / run["plain_ms"]
-        run["step_ms"] = step_time(n_genes, cells, chosen.device, seconds, **changed)
-        run["share_of_step"] = (run["loader_ms"] / chosen.batch) / (run["step_ms"] / cells)
+        run["step_ms"] = step_time(n_genes, cells, options.device, seconds, **changed)
+        run["share_of_step"] = (run["loader_ms"] / options.batch) / (run["step_ms"] / cells)
         runs.append({key: value if key == "genes" else float(f"{value:.3g}") for key, value in run.items()})
         print(json.dumps(runs[-1]), flush=True)
     record = {
-        "device": chosen.device,
-        "batch": chosen.batch,
+        "device": options.device,
+        "batch": options.batch,
         "cells": cells,
         "stored_cells": stored,
-        "bf16": in_bf16(chosen.device),
+        "bf16": in_bf16(options.device),
         "hardware": hardware(),
         "versions": versions(),
-        "commit": chosen.commit,
+        "commit": options.commit,
         "runs": runs,
     }
-    write_json(chosen.output, record)
+    write_json(options.output, record)
 
 
 if __name__ == "__main__":

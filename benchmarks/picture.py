@@ -1,4 +1,4 @@
-"""Picture of a finished run: measured and generated cells of held-out conditions in the measured cells' PCA.
+"""Picture of a finished run: measured and generated cells of held-out conditions in a PCA of the measured cells.
 
     python benchmarks/picture.py runs/quickstart/NAME docs/quickstart.png
 
@@ -21,7 +21,7 @@ from sklearn.decomposition import PCA
 from primeflow_perturbench.evaluation.score import data_columns
 from primeflow_perturbench.training import resolvers
 
-COLOURS = {"control": "#b9b9b9", "measured": "#1f77b4", "generated": "#e8702a"}
+COLORS = {"control": "#b9b9b9", "measured": "#1f77b4", "generated": "#e8702a"}
 
 
 def dense(adata: ad.AnnData):
@@ -32,16 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("picture", type=Path, help="PNG to write")
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     resolvers.register()
-    cfg = OmegaConf.load(chosen.run / "config.yaml")
+    cfg = OmegaConf.load(options.run / "config.yaml")
     columns = data_columns(cfg)
     perturbation, covariates = columns["perturbation_key"], columns["covariate_keys"]
     measured = ad.read_h5ad(cfg.data.data.filename)
-    split = pd.read_csv(chosen.run / "train_test_split.csv", header=None, index_col=0)[1]
+    split = pd.read_csv(options.run / "train_test_split.csv", header=None, index_col=0)[1]
     measured = measured[(split.reindex(measured.obs_names) == "test").to_numpy()]
-    generated = ad.read_h5ad(chosen.run / "predicted.h5ad")
-    scores = pd.read_parquet(chosen.run / "per_condition.parquet")
+    generated = ad.read_h5ad(options.run / "predicted.h5ad")
+    scores = pd.read_parquet(options.run / "per_condition.parquet")
     model = scores["model"].iloc[0]
     scores = scores[(scores.model == model) & (scores.metric == "mmd_none")].sort_values("value")
     pca = PCA(2, random_state=0).fit(dense(measured))
@@ -62,13 +62,13 @@ def main() -> None:
             "measured": cells_of(measured, row, label),
         }
         for part, xy in parts.items():
-            axis.scatter(*xy.T, s=9, alpha=0.7, linewidths=0, color=COLOURS[part], label=part)
+            axis.scatter(*xy.T, s=9, alpha=0.7, linewidths=0, color=COLORS[part], label=part)
         where = ", ".join(str(row[key]) for key in covariates)
         axis.set_title(f"{name}: {label} in {where}\nenergy distance {row['value']:.2f}", fontsize=10)
         axis.set_xlabel("PC 1")
     axes[0].set_ylabel("PC 2")
     axes[0].legend(frameon=False, fontsize=8, markerscale=2)
-    figure.savefig(chosen.picture, dpi=130)
+    figure.savefig(options.picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/plots.py
 
-Writes ``docs/benchmarks.png``, the same bytes for the same JSON. Its background is transparent and its greys are chosen
-to be read on white and on black.
+Writes ``docs/benchmarks.png``; the same JSON gives the same bytes. The background is transparent and the grays are
+legible on white and on black.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks.png"
-NAMES = ("sampling", "training", "loading", "cost", "quality", "heldout")
+NAMES = ("sampling", "training", "loading", "cost", "quality")
 INK, RULE = "#6e7681", "#8c959f"
 PAPER, OURS, OTHER = "#9a7fd1", "#e8702a", "#2f8fd0"
-RECIPE_COLOUR = {"primeflow": PAPER, "unet_patches": OTHER, "primeflow_fast": OURS}
+RECIPE_COLORS = {"primeflow": PAPER, "unet_patches": OTHER, "primeflow_fast": OURS}
 REFERENCES = {"control": "control cells", "training_mean": "training mean", "additive": "additive shift"}
 STYLE = {
     "font.size": 9,
@@ -45,7 +45,7 @@ STYLE = {
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results by script; one that is not there ends the program with the command that makes it."""
+    """Results by script; a missing one ends the program with the command that makes it."""
     missing = [name for name in NAMES if not (folder / f"{name}.json").is_file()]
     if missing:
         sys.exit(f"{folder} has no {missing[0]}.json; run python benchmarks/{missing[0]}.py first")
@@ -53,23 +53,23 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def number(value: float) -> str:
-    """Two digits or all before the point, with thousands parted, never as a power of ten."""
+    """Two significant digits or a whole number with thousands separators, never a power of ten."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def fastest(runs: list[dict[str, Any]], recipe: str, genes: int) -> dict[str, Any]:
-    """The run of a recipe with the most cells a second."""
+    """The run of a recipe with the most cells per second."""
     of_recipe = [run for run in runs if run["recipe"] == recipe and run["genes"] == genes]
     return max(of_recipe, key=lambda run: run["cells_per_second"])
 
 
 def pairs(axis, runs: list[dict[str, Any]], figure: str) -> None:
-    """Bars of the recipes side by side at each number of genes, each with its figure, on a logarithmic axis."""
+    """Labeled bars of the recipes side by side at each number of genes, on a logarithmic axis."""
     genes = sorted({run["genes"] for run in runs})
     heights = []
-    for side, (recipe, colour) in enumerate(RECIPE_COLOUR.items()):
+    for side, (recipe, color) in enumerate(RECIPE_COLORS.items()):
         values = [fastest(runs, recipe, n)[figure] for n in genes]
-        bars = axis.bar([i + 0.28 * side for i in range(len(genes))], values, 0.26, color=colour, label=recipe)
+        bars = axis.bar([i + 0.28 * side for i in range(len(genes))], values, 0.26, color=color, label=recipe)
         axis.bar_label(bars, [number(value) for value in values], padding=2, fontsize=8, color=INK)
         heights += values
     axis.set_yscale("log")
@@ -80,26 +80,26 @@ def pairs(axis, runs: list[dict[str, Any]], figure: str) -> None:
 
 
 def sampling(axis, results: dict[str, Any]) -> None:
-    """Cells a second of sampling."""
+    """Cells per second of sampling."""
     pairs(axis, results["sampling"]["runs"], "cells_per_second")
-    axis.set(title="Sampling", ylabel="cells a second")
+    axis.set(title="Sampling", ylabel="cells per second")
     axis.legend(loc="upper right", handlelength=1)
 
 
 def training(axis, results: dict[str, Any]) -> None:
-    """Cells a second of training."""
+    """Cells per second of training."""
     pairs(axis, results["training"]["runs"], "cells_per_second")
-    axis.set(title="Training", ylabel="cells a second")
+    axis.set(title="Training", ylabel="cells per second")
 
 
 def memory(axis, results: dict[str, Any]) -> None:
     """Peak memory of training."""
     pairs(axis, results["training"]["runs"], "peak_gib")
-    axis.set(title="Memory of training", ylabel=f"peak GiB, {results['training']['cells']} cells a step")
+    axis.set(title="Memory of training", ylabel=f"peak GiB, {results['training']['cells']} cells per step")
 
 
 def loading(axis, results: dict[str, Any]) -> None:
-    """Time of a loaded batch and of a training step over genes."""
+    """Time to load a batch and of a training step, by genes."""
     record = results["loading"]
     runs = record["runs"]
     genes = [run["genes"] for run in runs]
@@ -109,23 +109,23 @@ def loading(axis, results: dict[str, Any]) -> None:
         ([run["loader_ms"] for run in runs], OTHER, "our loader"),
         ([run["plain_ms"] for run in runs], INK, "scipy alone"),
     )
-    for values, colour, label in lines:
-        axis.loglog(genes, values, "o-", ms=4, lw=1.6, color=colour, label=label)
-    axis.set(title="Loading", xlabel="genes", ylabel=f"ms a batch of {record['batch']}")
+    for values, color, label in lines:
+        axis.loglog(genes, values, "o-", ms=4, lw=1.6, color=color, label=label)
+    axis.set(title="Loading", xlabel="genes", ylabel=f"ms per batch of {record['batch']}")
     plain_sizes(axis, genes)
     plain_values(axis)
     axis.legend(loc="best")
 
 
 def growth(axis, results: dict[str, Any], part: str, lines: dict[str, tuple[str, str]]) -> None:
-    """Costs over the sizes of a part, figure -> (label, colour), with the exponents at the top."""
+    """Costs over the sizes of a part, figure -> (label, color), with their exponents at the top."""
     record = results["cost"]
     runs = record["parts"][part]
     sizes = [run[part] for run in runs]
-    for figure, (label, colour) in lines.items():
+    for figure, (label, color) in lines.items():
         exponent = record["exponents"][part][figure]["top"]
         label += "" if exponent is None else f", $\\propto$ {part}$^{{{exponent:.2f}}}$"
-        axis.loglog(sizes, [run[figure] for run in runs], "o-", ms=4, lw=1.6, color=colour, label=label)
+        axis.loglog(sizes, [run[figure] for run in runs], "o-", ms=4, lw=1.6, color=color, label=label)
     plain_sizes(axis, sizes)
     plain_values(axis, subs=(1, 3))
     axis.legend(loc="upper left")
@@ -134,42 +134,42 @@ def growth(axis, results: dict[str, Any], part: str, lines: dict[str, tuple[str,
 def over_genes(axis, results: dict[str, Any]) -> None:
     """Growth of training and sampling with genes."""
     growth(axis, results, "genes", {"sample_cell_ms": ("sampling", OURS), "train_cell_ms": ("training", OTHER)})
-    axis.set(title="Growth with genes", xlabel="genes", ylabel="ms a cell")
+    axis.set(title="Growth with genes", xlabel="genes", ylabel="ms per cell")
 
 
 def over_cells(axis, results: dict[str, Any]) -> None:
     """Growth of loading with cells."""
     growth(axis, results, "cells", {"load_epoch_s": ("loading", OTHER)})
     genes = results["cost"]["stored_genes"]
-    axis.set(title="Growth with cells", xlabel=f"cells in the data, {genes:,} genes", ylabel="s an epoch")
+    axis.set(title="Growth with cells", xlabel=f"cells in the data, {genes:,} genes", ylabel="s per epoch")
 
 
 def plain_sizes(axis, sizes: list[int]) -> None:
-    """Sizes as they are, instead of powers of ten."""
+    """Show sizes as plain numbers instead of powers of ten."""
     axis.set_xticks(sizes, [f"{round(n / 1000, 1):g}k" if n >= 1000 else str(n) for n in sizes])
     axis.xaxis.set_minor_locator(NullLocator())
 
 
 def plain_values(axis, subs: tuple[int, ...] = (1,)) -> None:
-    """Values as they are, instead of powers of ten."""
+    """Show values as plain numbers instead of powers of ten."""
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def quality(axis, results: dict[str, Any]) -> None:
-    """Energy distance of held-out conditions, a dot a seed and a line at the mean, with the mean cosine beside it."""
-    rows = {name: [seeds] for name, seeds in results["heldout"]["rows"].items() if name in REFERENCES}
-    rows = {REFERENCES[name]: scores for name, scores in rows.items()}
+    """Energy distance of held-out conditions, one dot per seed and a line at the mean, and the mean cosine."""
+    references = results["quality"]["references"]
+    rows = {title: [references[name]] for name, title in REFERENCES.items()}
     rows |= {name: list(seeds.values()) for name, seeds in results["quality"]["rows"].items()}
     means = {name: sum(score["mmd_none"] for score in scores) / len(scores) for name, scores in rows.items()}
     order = sorted(rows, key=means.get, reverse=True)
     for y, name in enumerate(order):
-        colour = RULE if name in REFERENCES.values() else OURS
+        color = RULE if name in REFERENCES.values() else OURS
         values = [score["mmd_none"] for score in rows[name]]
         cosine = sum(score["cosine_logfc"] for score in rows[name]) / len(values)
-        axis.plot(values, [y] * len(values), "o", ms=5, color=colour, alpha=0.8)
-        axis.plot([means[name]] * 2, [y - 0.3, y + 0.3], color=colour, lw=2)
+        axis.plot(values, [y] * len(values), "o", ms=5, color=color, alpha=0.8)
+        axis.plot([means[name]] * 2, [y - 0.3, y + 0.3], color=color, lw=2)
         axis.annotate(
             f"{cosine:.2f}",
             (1.02, y),
@@ -197,7 +197,7 @@ def machine(record: dict[str, Any]) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What was measured where; scripts of one machine share it."""
+    """Machines of the measurements, and solvers of the fastest runs."""
     machines: dict[str, list[str]] = {}
     for name, record in results.items():
         machines.setdefault(machine(record), []).append(name)
@@ -206,10 +206,10 @@ def caption(results: dict[str, Any]) -> str:
     )
     steps = [
         f"{recipe} {run['method']} {run['steps']} steps, guidance {run['guidance']:g}"
-        for recipe in RECIPE_COLOUR
+        for recipe in RECIPE_COLORS
         for run in [fastest(results["sampling"]["runs"], recipe, results["sampling"]["runs"][0]["genes"])]
     ]
-    scale = "All axes but that of quality are logarithmic."
+    scale = "All axes except that of quality are logarithmic."
     return f"{where}\nSampling: {'; '.join(steps)}. {scale}"
 
 
@@ -231,10 +231,10 @@ def draw(results: dict[str, Any], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--output", type=Path, default=PICTURE, help="PNG to write")
-    chosen = parser.parse_args()
-    draw(read(chosen.results), chosen.output)
+    options = parser.parse_args()
+    draw(read(options.results), options.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory and time that predicting many cells to disk takes, whatever the network costs.
+"""Memory and time to predict many cells to disk, apart from the cost of the network.
 
     python benchmarks/prediction.py
 
-A model with the smallest of networks, so that what is measured is the streaming: 100,000 cells of 18,080 genes of 20
-conditions go to one h5ad file, in a child process. Writes ``benchmarks/results/prediction.json``.
+Uses a tiny network, so that streaming dominates: 100,000 cells x 18,080 genes of 20 conditions go to one h5ad file, in
+a child process. Writes ``benchmarks/results/prediction.json``.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONDITIONS = 20
 
 
 def write_checkpoint(path: Path, n_genes: int) -> None:
-    """A checkpoint of a model that nobody has trained, cut at a limit that leaves about a fifth of the values."""
+    """Write a checkpoint of an untrained model whose detection limit keeps about a fifth of the values."""
     perturbations = [f"P{i}" for i in range(CONDITIONS)]
     context = {
         "perturbation_uniques": perturbations,
@@ -61,24 +61,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=18_080)
-    chosen = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, table, output = (Path(folder) / name for name in ("model.ckpt", "table.csv", "cells.h5ad"))
-        write_checkpoint(checkpoint, chosen.genes)
+        write_checkpoint(checkpoint, options.genes)
         conditions = {"cell_type": "line", "condition": [f"P{i}" for i in range(CONDITIONS)]}
-        pd.DataFrame(conditions).assign(n_cells=chosen.cells // CONDITIONS).to_csv(table, index=False)
+        pd.DataFrame(conditions).assign(n_cells=options.cells // CONDITIONS).to_csv(table, index=False)
         command = [sys.executable, "-m", "primeflow_perturbench", "predict", f"ckpt_path={checkpoint}"]
         command += [f"prediction_dataframe_path={table}", f"output_path={output}", f"hydra.run.dir={folder}/run"]
         start = time.perf_counter()
         subprocess.run(command, check=True, env=os.environ | {"PRIMEFLOW_BENCHMARK": "embedded"})
         result = {
-            "cells": chosen.cells,
-            "genes": chosen.genes,
+            "cells": options.cells,
+            "genes": options.genes,
             "seconds": round(time.perf_counter() - start, 1),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
             "file_gib": round(output.stat().st_size / 2**30, 2),
         }
-    write_json(RESULT, result | {"hardware": hardware(), "versions": versions(), "commit": commit()})
+    write_json(options.output, result | {"hardware": hardware(), "versions": versions(), "commit": commit()})
     print(json.dumps(result))
 
 

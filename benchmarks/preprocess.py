@@ -1,10 +1,10 @@
-"""Time and memory that preprocessing raw counts takes on a file larger than the memory it may use.
+"""Time and memory to preprocess raw counts in a file that is larger than the memory.
 
     python benchmarks/preprocess.py
 
-Makes counts of 200,000 cells x 20,000 genes with about 5 % non-zeros (4 covariate groups, 5,000 conditions, cells
-in random order), preprocesses them in a child process, once per layout of the stored matrix, and writes
-``benchmarks/results/preprocess.json``. Needs free disk: 3 GB for csr, 5 GB for csc, 20 GB for dense.
+Makes counts of 200,000 cells x 20,000 genes with about 5 % nonzeros (4 covariate groups, 5,000 conditions, cells in
+random order), preprocesses them in a child process, once per layout of the stored matrix, and writes
+``benchmarks/results/preprocess.json``. Needs free disk space: 3 GB for csr, 5 GB for csc, 20 GB for dense.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ GROUPS = 4
 CONTROLS = 5000
 PERTURBED_GENES = 1250
 BLOCK = 2000
-# Counts of a cell before the ones that fall on the same gene are joined, and the part that a perturbation moves.
+# Counts per cell, and the share that a perturbation moves.
 COUNTS = 1700
 MOVED = 0.1
 MODULES = 20
 
 
 def make(path: Path, n_cells: int, n_genes: int, layout: str) -> None:
-    """Write counts in blocks of cells: log-normal expression, each perturbation lifts one of 20 modules of genes."""
+    """Write counts block by block: log-normal expression, and each perturbation raises one of 20 gene modules."""
     import anndata as ad
     import h5py
     import numpy as np
@@ -58,7 +58,7 @@ def make(path: Path, n_cells: int, n_genes: int, layout: str) -> None:
         index=[f"cell{i}" for i in range(len(label))],
     )
     ad.AnnData(obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(path)
-    # Drawing a place of this table draws a gene in proportion to its expression in the line.
+    # A uniform draw from this table is a gene drawn in proportion to its expression in the line.
     expression = np.exp(2 * rng.standard_normal(n_genes) + 0.4 * rng.standard_normal((GROUPS, n_genes)))
     tables = np.stack([rng.choice(n_genes, size=2**18, p=line / line.sum()) for line in expression])
     modules = rng.integers(n_genes, size=(MODULES, 100))
@@ -80,7 +80,7 @@ def make(path: Path, n_cells: int, n_genes: int, layout: str) -> None:
             elif start:
                 sparse_dataset(file["X"]).append(counts)
             else:
-                # The first block sets the size of HDF5's chunks: an empty one would give chunks of one value.
+                # The first block determines the HDF5 chunk size: an empty one would give chunks of one value.
                 write_elem(file, "X", counts)
         if layout == "csc":
             whole = sparse_dataset(file["X"]).to_memory()
@@ -89,7 +89,7 @@ def make(path: Path, n_cells: int, n_genes: int, layout: str) -> None:
 
 
 def measure(source: Path, target: Path) -> dict:
-    """Preprocess; seconds and the peak of this process's memory."""
+    """Preprocess and return seconds and peak memory of this process."""
     from primeflow_perturbench.data.preprocess import preprocess
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -105,7 +105,7 @@ def measure(source: Path, target: Path) -> dict:
 
 
 def describe(source: Path, target: Path) -> dict:
-    """Sizes of both files and what the preprocessed one says of itself."""
+    """Sizes of both files, and the record in the preprocessed one."""
     import h5py
 
     with h5py.File(source) as before, h5py.File(target) as after:
@@ -120,7 +120,7 @@ def describe(source: Path, target: Path) -> dict:
 
 
 def child(*arguments: object) -> str:
-    """Run a step of this script in a process of its own, so that no step's memory counts for another."""
+    """Run a step of this script in its own process, so that each step has its own peak memory."""
     command = [sys.executable, __file__, *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -130,27 +130,27 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=200_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--layouts", nargs="+", choices=("csr", "csc", "dense"), default=["csr"])
-    parser.add_argument("--folder", type=Path, help="where the files are made; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--step", choices=("make", "measure"), help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.step == "make":
-        make(chosen.folder / "counts.h5ad", chosen.cells, chosen.genes, chosen.layouts[0])
+    options = parser.parse_args()
+    if options.step == "make":
+        make(options.folder / "counts.h5ad", options.cells, options.genes, options.layouts[0])
         return
-    if chosen.step == "measure":
-        print(json.dumps(measure(chosen.folder / "counts.h5ad", chosen.folder / "processed.h5ad")))
+    if options.step == "measure":
+        print(json.dumps(measure(options.folder / "counts.h5ad", options.folder / "processed.h5ad")))
         return
     runs = {}
-    for layout in chosen.layouts:
-        with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-            options = ("--folder", folder, "--cells", chosen.cells, "--genes", chosen.genes, "--layouts", layout)
-            child("--step", "make", *options)
-            runs[layout] = json.loads(child("--step", "measure", *options).splitlines()[-1])
+    for layout in options.layouts:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            flags = ("--folder", folder, "--cells", options.cells, "--genes", options.genes, "--layouts", layout)
+            child("--step", "make", *flags)
+            runs[layout] = json.loads(child("--step", "measure", *flags).splitlines()[-1])
             runs[layout] |= describe(Path(folder) / "counts.h5ad", Path(folder) / "processed.h5ad")
         print(layout, json.dumps(runs[layout], indent=1), flush=True)
-        data = {"cells": chosen.cells, "genes": chosen.genes, "conditions": GROUPS * (PERTURBED_GENES + 1)}
+        data = {"cells": options.cells, "genes": options.genes, "conditions": GROUPS * (PERTURBED_GENES + 1)}
         record = {"data": data, "hardware": hardware(), "versions": versions(), "commit": commit(), "runs": runs}
-        write_json(chosen.output, record)
+        write_json(options.output, record)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The recipes that the benchmarks of speed compare, and what it takes to measure them.
+"""Recipes that the speed benchmarks compare, and how to time them.
 
-Needs torch and numpy alone, and the checkout: no package of the install's is imported.
+Needs a checkout, torch and numpy; no other library is imported.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 from primeflow_perturbench.files import write_json  # noqa: E402
 from primeflow_perturbench.training.provenance import commit, hardware, versions  # noqa: E402
 
-# Settings of configs/model/primeflow.yaml and primeflow_fast.yaml, which a bare machine has no library to read; and
-# of `primeflow_fast` with `model/network=unet_patches`.
+# Copies of configs/model/primeflow.yaml and primeflow_fast.yaml, which need Hydra to be read, and of `primeflow_fast`
+# with `model/network=unet_patches`.
 RECIPES: dict[str, dict[str, Any]] = {
     "primeflow": {
         "network": "unet",
@@ -56,7 +56,7 @@ CONDITION_WIDTH = 200
 
 
 def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **changed: Any):
-    """Network of a recipe, its first weights from seed 0; ``changed`` replaces numbers of `RECIPES`."""
+    """Network of a recipe, initialized with seed 0; ``changed`` replaces settings of `RECIPES`."""
     import torch
 
     from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
@@ -77,19 +77,21 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
 
 
 def velocity_of(network, compiled: bool):
-    """The network, compiled or not, as ``(x, t, condition) -> velocity``; a compilation that fails is an error."""
+    """The network, compiled or not, as ``(x, t, condition) -> velocity``."""
     import torch
 
     return torch.compile(network) if compiled else network
 
 
 def training_step(network, velocity, x_1, condition) -> Callable[[], None]:
-    """A step of training: noise, forward, loss, backward and Adam.
+    """A training step: noise, forward, loss, backward and Adam.
 
     Parameters
     ----------
-    network, velocity
-        What is trained, and itself compiled or not.
+    network
+        Network that is trained.
+    velocity
+        The same network, compiled or not.
     x_1
         Cells (B, G) on the device.
     condition
@@ -113,7 +115,7 @@ def training_step(network, velocity, x_1, condition) -> Callable[[], None]:
 
 
 def autocast(device: str):
-    """What a run has on the device: bfloat16 where it is multiplied natively, else float32."""
+    """Precision of a run on the device: bfloat16 if it is multiplied natively, otherwise float32."""
     import torch
 
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bf16()
@@ -121,7 +123,7 @@ def autocast(device: str):
 
 
 def in_bf16(device: str) -> bool:
-    """Whether `autocast` multiplies in bfloat16 on the device."""
+    """Whether `autocast` uses bfloat16 on the device."""
     import torch
 
     with autocast(device):
@@ -134,7 +136,7 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     import torch
 
     if device == "cuda":
@@ -142,7 +144,7 @@ def synchronise(device: str) -> None:
 
 
 class PeakMemory:
-    """Most memory taken from the moment this is made: allocated on a GPU, or the growth of a process on the CPU."""
+    """Peak memory since the object was made: allocations on a GPU, or growth of the process on a CPU."""
 
     def __init__(self, device: str):
         import torch
@@ -155,7 +157,7 @@ class PeakMemory:
             self.before = _status("VmRSS")
 
     def gib(self) -> float:
-        """The most so far."""
+        """The peak so far, in GiB."""
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM") - self.before
@@ -163,18 +165,18 @@ class PeakMemory:
 
 
 def _status(key: str) -> int:
-    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at most."""
+    """Bytes of this process, ``VmRSS`` now or ``VmHWM`` at peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith(f"{key}:"))
 
 
 def timed(action: Callable[[], object], seconds: float, device: str) -> tuple[int, float]:
-    """Repeat ``action`` for at least so many seconds, at least once; how often, and the seconds that it took."""
-    synchronise(device)
+    """Repeat ``action`` for at least this many seconds and return the number of repetitions and the seconds taken."""
+    synchronize(device)
     times, start = 0, time.perf_counter()
     while times == 0 or time.perf_counter() - start < seconds:
         action()
-        synchronise(device)
+        synchronize(device)
         times += 1
     return times, time.perf_counter() - start
 
@@ -183,59 +185,64 @@ def arguments(description: str, results: Path, cells: int) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--genes", type=int, nargs="+", default=[5000, 18080])
-    parser.add_argument("--seconds", type=float, help="of each measurement, at least; default: 5 on cuda, 3 on cpu")
-    parser.add_argument("--cells", type=int, help=f"that share a forward; default: {cells} on cuda, 4 on cpu")
     parser.add_argument(
-        "--compiled", choices=("no", "yes"), nargs="+", help="default: both on cuda, no on cpu, which takes minutes"
+        "--seconds", type=float, help="minimum duration of each measurement (default: 5 on cuda, 3 on cpu)"
     )
-    parser.add_argument("--commit", default=commit(), help="of the source, where the machine has no checkout of git")
+    parser.add_argument("--cells", type=int, help=f"cells per forward pass (default: {cells} on cuda, 4 on cpu)")
+    parser.add_argument(
+        "--compiled",
+        choices=("no", "yes"),
+        nargs="+",
+        help="default: both on cuda, no on cpu",
+    )
+    parser.add_argument("--commit", default=commit(), help="commit of the source, if the machine has no git")
     parser.add_argument("--output", type=Path, default=results)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     parser.set_defaults(gpu_cells=cells)
     return parser
 
 
-def fill_in(chosen: argparse.Namespace) -> None:
-    """Defaults that depend on the device."""
-    on_gpu = chosen.device == "cuda"
-    chosen.seconds = (5.0 if on_gpu else 3.0) if chosen.seconds is None else chosen.seconds
-    chosen.cells = (chosen.gpu_cells if on_gpu else 4) if chosen.cells is None else chosen.cells
-    chosen.compiled = (["no", "yes"] if on_gpu else ["no"]) if chosen.compiled is None else chosen.compiled
+def fill_in(options: argparse.Namespace) -> None:
+    """Set the defaults that depend on the device."""
+    on_gpu = options.device == "cuda"
+    options.seconds = (5.0 if on_gpu else 3.0) if options.seconds is None else options.seconds
+    options.cells = (options.gpu_cells if on_gpu else 4) if options.cells is None else options.cells
+    options.compiled = (["no", "yes"] if on_gpu else ["no"]) if options.compiled is None else options.compiled
 
 
-def run_job(script: str, options: list[str], job: dict[str, Any]) -> Any:
-    """What a job prints as its last line, run by a script in a process of its own; a failure ends the benchmark."""
-    command = [sys.executable, script, *options, "--job", json.dumps(job)]
+def run_job(script: str, flags: list[str], job: dict[str, Any]) -> Any:
+    """Last line that a script prints for a job, in its own process; a failure ends the benchmark."""
+    command = [sys.executable, script, *flags, "--job", json.dumps(job)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{job} failed; see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_jobs(script: str, chosen: argparse.Namespace, jobs: list[dict[str, Any]]) -> None:
-    """Measure each job in a process of its own and write all so far; a job that fails ends the benchmark."""
+def run_jobs(script: str, options: argparse.Namespace, jobs: list[dict[str, Any]]) -> None:
+    """Measure each job in its own process and write the results so far; a failure ends the benchmark."""
     runs: list[dict[str, Any]] = []
-    options = ["--device", chosen.device, "--seconds", str(chosen.seconds), "--cells", str(chosen.cells)]
+    flags = ["--device", options.device, "--seconds", str(options.seconds), "--cells", str(options.cells)]
     for job in jobs:
-        for run in run_job(script, options, job):
+        for run in run_job(script, flags, job):
             runs.append(job | run)
             print(json.dumps(runs[-1]), flush=True)
         record = {
-            "device": chosen.device,
-            "cells": chosen.cells,
+            "device": options.device,
+            "cells": options.cells,
             "condition_width": CONDITION_WIDTH,
             "recipes": RECIPES,
             "hardware": hardware(),
             "versions": versions(),
-            "commit": chosen.commit,
+            "commit": options.commit,
             "runs": runs,
             "ratios": ratios(runs),
         }
-        write_json(chosen.output, record)
+        write_json(options.output, record)
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run of ours beside the paper's recipe, compiled or not as it is, at the same number of genes."""
+    """Each run relative to the paper's recipe at the same number of genes, both compiled or both not."""
     base = {(run["genes"], run["compiled"]): run for run in runs if run["recipe"] == "primeflow"}
     found = []
     for run in runs:

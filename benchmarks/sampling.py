@@ -1,13 +1,13 @@
-"""Cells per second and peak memory of sampling: the paper's recipe and ours, in one run on one machine.
+"""Cells per second and peak memory of sampling: the paper's recipe and ours, on one machine.
 
     python benchmarks/sampling.py --device cuda
 
 `primeflow` takes 100 Euler steps with guidance 2; `primeflow_fast` takes 10 and 5 midpoint steps with guidance 1 and
-2, compiled with 1 alone. On a GPU cells are generated to the host's memory over all evaluations, noise and copies
-included. On a CPU, where the paper's recipe takes minutes a cell, a few steps are timed and the rest is extrapolated:
-``evaluations_timed`` in ``benchmarks/results/sampling.json`` says how many evaluations, next to ``evaluations``, those
-that a cell needs. Peak memory is of the process's growth on a CPU, and includes the network's parameters everywhere.
-Needs torch and numpy alone.
+2, compiled only with guidance 1. On a GPU whole cells are generated to CPU memory, noise and copies included. On a
+CPU, where the paper's recipe takes minutes per cell, a few steps are timed and the rest is extrapolated:
+``evaluations_timed`` in ``benchmarks/results/sampling.json`` is the number of timed network evaluations, and
+``evaluations`` the number that a cell needs. Peak memory includes the parameters of the network. Needs torch and
+numpy.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from recipes import (
     build,
     fill_in,
     run_jobs,
-    synchronise,
+    synchronize,
     timed,
     velocity_of,
 )
 
 RESULT = Path(__file__).parent / "results" / "sampling.json"
-# Strengths of guidance and solvers of each recipe.
+# Guidance strengths and solvers of each recipe.
 SAMPLERS = {
     "primeflow": {"guidance": (2.0,), "solvers": [("euler", 100)]},
     "primeflow_fast": {"guidance": (1.0, 2.0), "solvers": [("midpoint", 10), ("midpoint", 5)]},
@@ -41,7 +41,7 @@ SAMPLERS = {
 
 
 def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> list[dict[str, Any]]:
-    """A run for each solver of a recipe, with one network at one strength of guidance."""
+    """One run per solver of a recipe, with one network and one guidance strength."""
     import torch
 
     from primeflow_perturbench.flow.solver import ODESolver
@@ -61,7 +61,7 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
 
 
 def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
-    """Generate batches of cells to the host's memory for at least so many seconds, after a warm-up of one step."""
+    """Generate cells to CPU memory for at least this many seconds, after a warm-up of one step."""
     import torch
 
     from primeflow_perturbench.flow.solver import ODESolver
@@ -78,14 +78,14 @@ def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, sec
     whole = size.tiles * TILE
     for _ in blocks(ODESolver(solver.method, 1), 2 * whole):
         pass
-    synchronise(device)
+    synchronize(device)
     done, start = 0, time.perf_counter()
     for _, first, block in blocks(solver, 10**9):
         done = first + len(block)
         if done % whole == 0 and time.perf_counter() - start >= seconds:
             break
     took = time.perf_counter() - start
-    synchronise(device)
+    synchronize(device)
     return {
         "cells": done,
         "evaluations_timed": solver.evaluations * done // whole,
@@ -95,7 +95,7 @@ def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, sec
 
 
 def extrapolate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
-    """Time single steps for at least so many seconds, after a warm-up of one, and multiply."""
+    """Time single steps for at least this many seconds, after a warm-up of one, and multiply."""
     import torch
 
     from primeflow_perturbench.flow.guidance import guide
@@ -118,17 +118,17 @@ def extrapolate(velocity, job: dict[str, Any], solver, device: str, cells: int, 
 
 
 def main() -> None:
-    chosen = arguments(__doc__, RESULT, cells=128).parse_args()
-    fill_in(chosen)
-    if chosen.job is not None:
-        print(json.dumps(measure(chosen.job, chosen.device, chosen.cells, chosen.seconds)))
+    options = arguments(__doc__, RESULT, cells=128).parse_args()
+    fill_in(options)
+    if options.job is not None:
+        print(json.dumps(measure(options.job, options.device, options.cells, options.seconds)))
         return
     jobs = [
         {"recipe": recipe, "genes": genes, "compiled": compiled == "yes", "guidance": guidance}
-        for genes, compiled, recipe in product(chosen.genes, chosen.compiled, SAMPLERS)
+        for genes, compiled, recipe in product(options.genes, options.compiled, SAMPLERS)
         for guidance in SAMPLERS[recipe]["guidance"][: 1 if compiled == "yes" else None]
     ]
-    run_jobs(__file__, chosen, jobs)
+    run_jobs(__file__, options, jobs)
 
 
 if __name__ == "__main__":

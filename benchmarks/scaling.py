@@ -1,9 +1,9 @@
-"""What the paper's atlas costs: bytes, steps and GPU hours, worked out from measured throughput. Nothing is run.
+"""Cost of the paper's atlas in bytes, steps and GPU hours, estimated from measured throughput. Trains nothing.
 
     python benchmarks/scaling.py
 
-Every number that goes in is in `INPUTS` with its source, or is read from ``benchmarks/results/training.json``; those
-that are supposed and not measured say so. Writes ``benchmarks/results/scaling.json`` and ``scaling.md``.
+Every input is in `INPUTS` with its source, or read from ``benchmarks/results/training.json``. Assumptions are marked as
+such. Writes ``benchmarks/results/scaling.json`` and ``scaling.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECIPES = ("primeflow", "unet_patches")
 
 
 class Input(NamedTuple):
-    """A number and where it is from."""
+    """A number and its source."""
 
     value: float
     source: str
@@ -32,44 +32,44 @@ class Input(NamedTuple):
 
 PAPER = "arXiv 2604.13986"
 H100_RUN = (
-    "H100, bf16, 18,080 genes, not compiled, measured before with prototypes of the same sizes; supposed: 18,001 genes "
-    "cost as much"
+    "H100, bf16, 18,080 genes, not compiled, measured earlier with prototypes of the same sizes; assumed: 18,001 genes "
+    "cost the same"
 )
 INPUTS = {
     "cells": Input(6_975_767, f"{PAPER}: cells of the atlas"),
     "genes": Input(18_001, f"{PAPER}: genes of the atlas"),
-    "files": Input(8, f"{PAPER}: eight data sets; supposed here: a file each, of equal size"),
-    "density_low": Input(0.071, "share of values that are not 0, counted in 5,961 cells x 500 genes of four lines"),
-    "density_middle": Input(0.2, "supposed, between the other two"),
+    "files": Input(8, f"{PAPER}: eight data sets; assumed: one file each, of equal size"),
+    "density_low": Input(0.071, "share of nonzero values in 5,961 cells x 500 genes of four lines"),
+    "density_middle": Input(0.2, "assumed, between the other two"),
     "density_high": Input(
         0.47,
         "15 GB for 221,273 cells x 18,080 genes, H1 training file of 2025 (virtualcellchallenge.org/datasets); "
-        "supposed: float32 with 32-bit indices, not compressed",
+        "assumed: float32 with 32-bit indices, not compressed",
     ),
-    "batch": Input(768, "configs/experiment/primeflow/base.yaml: cells of a step over all GPUs"),
+    "batch": Input(768, "configs/experiment/primeflow/base.yaml: cells per step over all GPUs"),
     "config_steps": Input(20_000, "configs/experiment/primeflow/base.yaml: trainer.max_steps"),
-    "primeflow_train": Input(178, f"cells a second of a training step; {H100_RUN}"),
-    "primeflow_forward": Input(438, f"cells a second of a forward; {H100_RUN}"),
-    "unet_patches_train": Input(851, f"cells a second of a training step; {H100_RUN}, without preconditioning"),
-    "unet_patches_forward": Input(2102, f"cells a second of a forward; {H100_RUN}, without preconditioning"),
-    "efficiency": Input(0.9, "supposed: eight GPUs do 0.9 times the work of eight, each on its own"),
+    "primeflow_train": Input(178, f"cells per second of a training step; {H100_RUN}"),
+    "primeflow_forward": Input(438, f"cells per second of a forward pass; {H100_RUN}"),
+    "unet_patches_train": Input(851, f"cells per second of a training step; {H100_RUN}, without preconditioning"),
+    "unet_patches_forward": Input(2102, f"cells per second of a forward pass; {H100_RUN}, without preconditioning"),
+    "efficiency": Input(0.9, "assumed: eight GPUs together do 0.9 times the work of eight separate ones"),
     "h100_tflops": Input(989.4, "NVIDIA H100 SXM data sheet: bf16, dense"),
-    "rtx4090_tflops": Input(165.2, "NVIDIA Ada architecture paper, RTX 4090: bf16 with float32 sums, dense"),
+    "rtx4090_tflops": Input(165.2, "NVIDIA Ada architecture paper, RTX 4090: bf16 with float32 accumulation, dense"),
     "h100_gib": Input(80, "NVIDIA H100 SXM data sheet: memory, GB taken as GiB"),
     "rtx4090_gib": Input(24, "NVIDIA: memory of the RTX 4090, GB taken as GiB"),
     "test_perturbations": Input(100, "virtualcellchallenge.org/datasets: final test set of 2025"),
     "cells_each": Input(1000, "virtualcellchallenge.org/datasets: about 300,000 cells of 300 perturbations"),
     "controls": Input(200, f"{PAPER}: synthetic controls"),
-    "guided": Input(2, "guidance other than 1 evaluates the network with and without the condition"),
+    "guided": Input(2, "guidance evaluates the network with and without the condition"),
     "primeflow_evaluations": Input(100, "configs/model/primeflow.yaml: Euler, 100 steps"),
     "unet_patches_evaluations": Input(10, "configs/model/primeflow_fast.yaml: midpoint, 5 steps"),
 }
 
 
 def csr_bytes(cells: float, genes: float, density: float, files: float = 1) -> float:
-    """Bytes of uncompressed CSR matrices, in files of equal size: float32 values, indices as wide as SciPy takes."""
+    """Bytes of uncompressed CSR matrices in files of equal size, with float32 values and SciPy's index type."""
     values = cells * genes * density
-    # SciPy counts in 32 bits as long as all values of a matrix can be counted so.
+    # SciPy uses 32-bit indices as long as they can count all values of a matrix.
     width = 4 if values / files < 2**31 else 8
     return values * (4 + width) + (cells + files) * width
 
@@ -80,7 +80,7 @@ def dense_bytes(cells: float, genes: float) -> float:
 
 
 def speeds(one: float, inputs: dict[str, float]) -> dict[str, float]:
-    """Cells a second on each machine, from those on one H100."""
+    """Cells per second on each machine, from those on one H100."""
     return {
         "one H100": one,
         "eight H100": 8 * inputs["efficiency"] * one,
@@ -89,16 +89,16 @@ def speeds(one: float, inputs: dict[str, float]) -> dict[str, float]:
 
 
 def cells_that_fit(run: dict[str, Any], batch: int, gib: float) -> int:
-    """Cells of a training step that a memory holds, from a measured step of ``batch`` cells.
+    """Cells of a training step that fit into a memory, from a measured step of ``batch`` cells.
 
-    Weights, gradients and two moments of Adam take 16 bytes a parameter, all else grows with the cells.
+    Weights, gradients and the two moments of Adam take 16 bytes per parameter; the rest grows with the cells.
     """
     state = 16 * run["parameters"] / GIB
     return max(0, math.floor((gib - state) / ((run["peak_gib"] - state) / batch)))
 
 
 def work_out(inputs: dict[str, float], training: dict[str, Any]) -> dict[str, Any]:
-    """All results, by heading."""
+    """All results by heading."""
     cells, genes = inputs["cells"], inputs["genes"]
     densities = {name: inputs[f"density_{name}"] for name in ("low", "middle", "high")}
     bytes_of = {name: csr_bytes(cells, genes, density, inputs["files"]) for name, density in densities.items()}
@@ -140,22 +140,22 @@ def work_out(inputs: dict[str, float], training: dict[str, Any]) -> dict[str, An
 
 
 def three(value: float) -> str:
-    """Three digits that count, or the whole number where there are more."""
+    """Three significant digits, or a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[str, Any]) -> str:
-    """The page: tables, then every number that went in with its source."""
+    """Tables, followed by every input with its source."""
     cells, genes = inputs["cells"].value, inputs["genes"].value
     lines = [
-        "# What the paper's atlas costs",
+        "# Cost of the paper's atlas",
         "",
-        f"{cells:,} cells x {genes:,} genes. Worked out by `benchmarks/scaling.py` from the numbers at the end; "
-        "nothing was run at this size. A pass goes through every cell once.",
+        f"{cells:,} cells x {genes:,} genes. Estimated by `benchmarks/scaling.py` from the inputs at the end; nothing "
+        "was run at this size. A pass reads every cell once.",
         "",
-        "## Bytes on disk, read once a pass",
+        "## Bytes on disk, read once per pass",
         "",
-        "| stored as | share of values that are not 0 | GB | KB a cell |",
+        "| stored as | share of nonzero values | GB | KB per cell |",
         "|---|---|---|---|",
     ]
     for name, size in result["bytes"].items():
@@ -164,20 +164,20 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
         lines.append(f"| {stored} | {share} | {three(size / 1e9)} | {three(size / cells / 1e3)} |")
     lines += [
         "",
-        f"## Training: {result['steps_of_a_pass']:,} steps of {inputs['batch'].value:,} cells a pass",
+        f"## Training: {result['steps_of_a_pass']:,} steps of {inputs['batch'].value:,} cells per pass",
         "",
-        "| recipe, machine | cells/s | hours a pass | GPU hours a pass | passes a day | a week | hours of "
+        "| recipe, machine | cells/s | hours per pass | GPU hours per pass | passes per day | per week | hours of "
         f"{inputs['config_steps'].value:,} steps | MB/s read, high |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {name} | {' | '.join(map(three, row.values()))} |" for name, row in result["training"].items()]
     lines += [
         "",
-        "How many passes the paper trained for is not known; neither is how many a good model takes.",
+        "The number of passes of the paper's training is not known, nor the number that a good model needs.",
         "",
         f"## Sampling the challenge's test set of 2025: {result['sampling']['primeflow, one H100']['cells']:,} cells",
         "",
-        "| recipe, machine | evaluations a cell | hours |",
+        "| recipe, machine | evaluations per cell | hours |",
         "|---|---|---|",
     ]
     lines += [
@@ -185,9 +185,9 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
     ]
     lines += [
         "",
-        "The paper samples the challenge by dopri5, which chooses its own number of evaluations: not worked out.",
+        "The paper samples the challenge with dopri5, whose number of evaluations varies: not estimated.",
         "",
-        "## Cells of a training step that fit",
+        "## Cells per training step that fit into memory",
         "",
         "| recipe | 80 GiB (H100) | 24 GiB (RTX 4090) |",
         "|---|---|---|",
@@ -195,20 +195,20 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
     lines += [f"| {recipe} | {fits['h100']:,} | {fits['rtx4090']:,} |" for recipe, fits in result["memory"].items()]
     lines += [
         "",
-        f"From the peaks in `training.json` ({training['cells']} cells on a {training['device']}); a GPU's may differ. "
-        "Smaller batches are accumulated to the same step.",
+        f"From the peaks in `training.json` ({training['cells']} cells on a {training['device']}); a GPU may differ. "
+        "Smaller batches can be accumulated to the same step.",
         "",
         "## Notes",
         "",
         "- "
         + "; ".join(f"{three(times)} times {where}" for where, times in result["times_as_fast"].items())
-        + ": how much faster a training step of the U-Net of patches (on the H100 with patches of 8 "
-        "genes) is than one of `primeflow`. The tables use the first.",
-        "- A machine is as fast as its network: reading, optimiser across machines and validation are left out.",
-        "- The RTX 4090 is scaled from the H100 by peak arithmetic alone, 6 times slower. Its memory is 3 times slower "
-        "(1,008 for 3,350 GB/s by NVIDIA's data sheets): a step bound by memory would do better.",
-        "- torch.compile, which made the step of `primeflow` 1.5 times as fast at 5,000 genes (935 for 613 cells a "
-        "second, on the H100), is left out.",
+        + ": speed of a training step of the U-Net of patches (on the H100 with patches of 8 genes) "
+        "relative to `primeflow`. The tables use the first.",
+        "- Reading, communication between machines and validation are left out.",
+        "- The RTX 4090 is scaled from the H100 by peak arithmetic, 6 times slower. Its memory is only 3 times slower "
+        "(1,008 against 3,350 GB/s by NVIDIA's data sheets), so a step limited by memory would do better.",
+        "- torch.compile is left out; it made the step of `primeflow` 1.5 times as fast at 5,000 genes (935 against "
+        "613 cells per second on the H100).",
         "",
         "| number | value | source |",
         "|---|---|---|",
@@ -220,14 +220,14 @@ def markdown(inputs: dict[str, Input], result: dict[str, Any], training: dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
-    parser.add_argument("--commit", default=commit(), help="of the source, where the machine has no checkout of git")
-    chosen = parser.parse_args()
+    parser.add_argument("--commit", default=commit(), help="commit of the source, if the machine has no git")
+    options = parser.parse_args()
     training = json.loads((RESULTS / "training.json").read_text())
     result = work_out({name: number.value for name, number in INPUTS.items()}, training)
     inputs = {name: number._asdict() for name, number in INPUTS.items()}
-    record = {"inputs": inputs, "training_json": training["commit"], "result": result, "commit": chosen.commit}
-    write_json(chosen.output, record)
-    chosen.output.with_suffix(".md").write_text(markdown(INPUTS, result, training))
+    record = {"inputs": inputs, "training_json": training["commit"], "result": result, "commit": options.commit}
+    write_json(options.output, record)
+    options.output.with_suffix(".md").write_text(markdown(INPUTS, result, training))
 
 
 if __name__ == "__main__":

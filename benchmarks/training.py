@@ -1,9 +1,9 @@
-"""Cells per second and peak memory of a training step: the paper's recipe and ours, in one run on one machine.
+"""Cells per second and peak memory of a training step: the paper's recipe and ours, on one machine.
 
     python benchmarks/training.py --device cuda
 
-A step is noise, forward, loss, backward and Adam on a batch of ``--cells`` cells that lies on the device; bfloat16
-where the device multiplies it natively. Writes ``benchmarks/results/training.json``. Needs torch and numpy alone.
+A step is noise, forward, loss, backward and Adam on a batch of ``--cells`` cells on the device, in bfloat16 if the
+device multiplies it natively. Writes ``benchmarks/results/training.json``. Needs torch and numpy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WARM_UP = 3
 
 
 def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> list[dict[str, Any]]:
-    """Training steps of a recipe for at least so many seconds, after a warm-up."""
+    """Training steps of a recipe for at least this many seconds, after a warm-up."""
     import torch
 
     peak = PeakMemory(device)
@@ -56,16 +56,16 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
 
 
 def main() -> None:
-    chosen = arguments(__doc__, RESULT, cells=64).parse_args()
-    fill_in(chosen)
-    if chosen.job is not None:
-        print(json.dumps(measure(chosen.job, chosen.device, chosen.cells, chosen.seconds)))
+    options = arguments(__doc__, RESULT, cells=64).parse_args()
+    fill_in(options)
+    if options.job is not None:
+        print(json.dumps(measure(options.job, options.device, options.cells, options.seconds)))
         return
     jobs = [
         {"recipe": recipe, "genes": genes, "compiled": compiled == "yes"}
-        for genes, compiled, recipe in product(chosen.genes, chosen.compiled, RECIPES)
+        for genes, compiled, recipe in product(options.genes, options.compiled, RECIPES)
     ]
-    run_jobs(__file__, chosen, jobs)
+    run_jobs(__file__, options, jobs)
 
 
 if __name__ == "__main__":
