@@ -1,4 +1,4 @@
-"""Our Hydra plugin: PerturBench's applications see our configurations, no other application notices."""
+"""Our Hydra plugin shows our configurations to PerturBench's applications and changes no other application."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ train()
 
 
 def search_path(main):
-    """Search path of an application after our plugin."""
+    """Search path of an application after our plugin has changed it."""
     path = ConfigSearchPathImpl()
     path.append("hydra", "pkg://hydra.conf")
     if main is not None:
@@ -44,12 +44,12 @@ OURS = ("primeflow-perturbench", "pkg://primeflow_perturbench.configs")
 
 
 @pytest.mark.parametrize("main", ["pkg://perturbench.configs", "pkg://perturbench/configs", "pkg://perturbench"])
-def test_the_package_perturbench_gets_our_configurations_after_its_own(main):
+def test_the_package_perturbench_sees_our_configurations_after_its_own(main):
     assert search_path(main)[1:] == [("main", main), OURS]
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_so_does_a_script_of_its_folder(tmp_path, scheme):
+def test_a_script_in_the_folder_of_perturbench_sees_them_too(tmp_path, scheme):
     (tmp_path / "perturbench" / "modelcore").mkdir(parents=True)
     assert OURS in search_path(f"{scheme}{tmp_path}/perturbench/configs")
 
@@ -68,13 +68,13 @@ def test_so_does_a_script_of_its_folder(tmp_path, scheme):
         "structured://",
     ],
 )
-def test_no_other_application_does(main):
+def test_other_applications_do_not_see_them(main):
     assert OURS not in search_path(main)
 
 
 @pytest.fixture
 def app(tmp_path):
-    """An application that has nothing to do with us, also named train."""
+    """Runs an unrelated application that is also named train; returns what it prints."""
     (tmp_path / "configs" / "model").mkdir(parents=True)
     (tmp_path / "configs" / "train.yaml").write_text("defaults: [_self_, {model: small}]\nx: 1\n")
     (tmp_path / "configs" / "model" / "small.yaml").write_text("width: 2\n")
@@ -89,18 +89,18 @@ def app(tmp_path):
 
 
 @pytest.mark.parametrize("given", [["--help"], ["--cfg", "all"], ["--info", "searchpath"], ["--hydra-help"]])
-def test_an_unrelated_application_says_the_same_with_and_without_us(app, given):
-    said = app(*given)
-    assert said == app(*given, "--hide-plugin")
-    assert len(said) > 50
+def test_the_output_of_an_unrelated_application_does_not_depend_on_our_plugin(app, given):
+    output = app(*given)
+    assert output == app(*given, "--hide-plugin")
+    assert len(output) > 50
 
 
-def test_our_plugin_is_found_and_brings_nothing_into_an_unrelated_application(app):
+def test_our_plugin_is_found_and_imports_nothing_heavy_into_an_unrelated_application(app):
     assert "PRiMeFlowSearchPath" in app("--info", "plugins")
     assert "imported: []" in app()
 
 
-def test_our_plugin_adds_less_than_50_ms():
+def test_our_plugin_is_imported_in_less_than_50_ms():
     stats = Plugins.instance().get_stats()
     seconds = stats.modules_import_time["hydra_plugins.primeflow_perturbench"]
     assert seconds < 0.05

@@ -351,7 +351,7 @@ def report(multiruns: Sequence[Multirun], output: Path, command: str, console: C
     if failed:
         console.print("The same command runs them again.")
     if scores:
-        shown = shlex.join(["primeflow", "leaderboard", *map(str, folders), "--output", str(output / "leaderboard")])
+        shown = shlex.join(["primeflow", "leaderboard", *map(str, folders)])
         console.print(shown, highlight=False, markup=False, soft_wrap=True)
     return len(failed)
 
