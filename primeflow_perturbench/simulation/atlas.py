@@ -26,7 +26,7 @@ class Style(NamedTuple):
     """How a file of the atlas names things and stores its matrix."""
 
     perturbation_key: str
-    control: tuple[str, ...]
+    control: list[str]
     delimiter: str | None
     """Text between the parts of a pair; None if the file has no pairs."""
     cell_type_key: str | None
@@ -39,12 +39,12 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style("gene", ("non-targeting",), "_", "cell_line", "CRISPRi"),
-    Style("guide_target", ("NT",), "|", "line", "CRISPRi", gene_key="symbol", x="counts"),
-    Style("condition", ("ctrl",), "+", None, "CRISPRa", compression="gzip"),
-    Style("perturbation", ("safe-targeting", "scrambled"), None, "cell", "CRISPRi"),
-    Style("target", ("control",), ";", "sample_type", "CRISPRi", x="counts"),
-    Style("label", ("vehicle",), "--", "context", "CRISPRko", layout="csc"),
+    Style("gene", ["non-targeting"], "_", "cell_line", "CRISPRi"),
+    Style("guide_target", ["NT"], "|", "line", "CRISPRi", gene_key="symbol", x="counts"),
+    Style("condition", ["ctrl"], "+", None, "CRISPRa", compression="gzip"),
+    Style("perturbation", ["safe-targeting", "scrambled"], None, "cell", "CRISPRi"),
+    Style("target", ["control"], ";", "sample_type", "CRISPRi", x="counts"),
+    Style("label", ["vehicle"], "--", "context", "CRISPRko", layout="csc"),
 )
 
 
@@ -114,20 +114,13 @@ def simulate_atlas(
 
 
 def _entry(name: str, context: str, style: Style, number: int) -> dict[str, Any]:
-    entry = {
-        "path": name,
-        "dataset": f"study{number}",
-        "modality": style.modality,
-        "perturbation_key": style.perturbation_key,
-        "control": list(style.control) if len(style.control) > 1 else style.control[0],
-        "delimiter": style.delimiter,
-        "x": style.x,
-    }
-    if style.cell_type_key is None:
-        entry["constants"] = {"cell_type": context}
-    else:
-        entry["covariates"] = {"cell_type": style.cell_type_key}
-    return entry | ({"gene_key": style.gene_key} if style.gene_key else {})
+    """Return the entry of a file in the manifest."""
+    keys = ("perturbation_key", "control", "delimiter", "modality", "gene_key", "x")
+    of_style = {key: getattr(style, key) for key in keys}
+    of_context = {"constants": {"cell_type": context}}
+    if style.cell_type_key is not None:
+        of_context = {"covariates": {"cell_type": style.cell_type_key}}
+    return {"path": name, "dataset": f"study{number}", **of_style, **of_context}
 
 
 def _write_file(screen: Screen, number: int, size: int, style: Style, path: Path) -> None:

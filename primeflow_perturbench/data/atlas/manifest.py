@@ -160,29 +160,37 @@ def _file(given: object, covariates: Sequence[str], manifest: Path, number: int)
         raise invalid(where, repr(given), "a mapping with path and dataset", "write 'path: ...' and 'dataset: ...'")
     _check_keys(given, [*sorted(field.name for field in dataclasses.fields(AtlasFile)), "modality"], where)
     given = {key: value for key, value in given.items() if value is not None or key == "delimiter"}
-    for key in ("path", "dataset"):
-        if not isinstance(given.get(key), str) or not given[key].strip():
-            raise invalid(f"{where}, {key}", repr(given.get(key)), "text", f"give the {key} of the file")
-    for key, choices in CHOICES.items():
-        if given.get(key, choices[0]) not in choices:
-            raise invalid(f"{where}, {key}", repr(given[key]), " or ".join(map(repr, choices)), "write one of them")
-    delimiter = given.get("delimiter", DELIMITER)
-    if delimiter is not None and (not isinstance(delimiter, str) or not delimiter):
-        hint = "write null if no label is a combination"
-        raise invalid(f"{where}, delimiter", repr(delimiter), "text", hint)
-    control = given.get("control", CONTROL)
+    control, delimiter = given.get("control", CONTROL), given.get("delimiter", DELIMITER)
     labels = control if isinstance(control, list) else [control]
-    if not labels or any(label is None or isinstance(label, bool | dict | list) for label in labels):
-        hint = "put words with a meaning in YAML, such as no and null, in quotes"
-        raise invalid(f"{where}, control", repr(control), "the label of the control cells, or a list", hint)
-    columns = _covariate_mapping(given, "covariates", covariates, where)
-    constants = _covariate_mapping(given, "constants", covariates, where)
+    quotes = "put words with a meaning in YAML, such as no and null, in quotes"
+
+    def check(key: str, holds: bool, expected: str, hint: str) -> None:
+        if not holds:
+            raise invalid(f"{where}, {key}", repr(given.get(key)), expected, hint)
+
+    for key in ("path", "dataset"):
+        check(key, isinstance(given.get(key), str) and given[key].strip() != "", "text", f"give the {key} of the file")
+    for key, choices in CHOICES.items():
+        check(key, given.get(key, choices[0]) in choices, " or ".join(map(repr, choices)), "write one of them")
+    is_text = isinstance(delimiter, str) and delimiter != ""
+    check("delimiter", delimiter is None or is_text, "text", "write null if no label is a combination")
+    are_labels = bool(labels) and not any(label is None or isinstance(label, bool | dict | list) for label in labels)
+    check("control", are_labels, "the label of the control cells, or a list", quotes)
+    for key, content in (("covariates", "columns of obs"), ("constants", "values")):
+        expected = f"a mapping from covariates to {content}"
+        check(key, isinstance(given.setdefault(key, {}), dict), expected, "write 'cell_type: ...' and so on")
+        for name, value in given[key].items():
+            if name not in covariates:
+                hint = "add it to the covariates of the manifest, or remove it"
+                raise invalid(f"{where}, {key}", repr(name), f"covariates of the atlas, {quoted(covariates)}", hint)
+            if isinstance(value, bool) or not isinstance(value, str | Real):
+                raise invalid(f"{where}, {key}, {name}", repr(value), "text or a number", "put text in quotes")
+    columns, constants = given["covariates"], dict(given["constants"])
     if both := sorted(set(columns) & set(constants)):
         found = f"the covariate {both[0]!r} under covariates and under constants"
         raise invalid(where, found, "one of the two", "remove the other")
     if "modality" in given and METHOD in covariates and METHOD not in columns:
         constants.setdefault(METHOD, str(given["modality"]))
-    plain = {key: str(given[key]) for key in ("perturbation_key", "gene_key", *CHOICES) if key in given}
     return AtlasFile(
         path=manifest.parent / given["path"],
         dataset=given["dataset"].strip(),
@@ -190,22 +198,8 @@ def _file(given: object, covariates: Sequence[str], manifest: Path, number: int)
         delimiter=delimiter,
         covariates={name: str(column) for name, column in columns.items()},
         constants=constants,
-        **plain,
+        **{key: str(given[key]) for key in ("perturbation_key", "gene_key", *CHOICES) if key in given},
     )
-
-
-def _covariate_mapping(given: Mapping[str, Any], key: str, covariates: Sequence[str], where: str) -> dict[str, Any]:
-    mapping = given.get(key) or {}
-    if not isinstance(mapping, dict):
-        expected = "a mapping from covariates to " + ("columns of obs" if key == "covariates" else "values")
-        raise invalid(f"{where}, {key}", repr(mapping), expected, "write 'cell_type: ...' and so on")
-    for name, value in mapping.items():
-        if name not in covariates:
-            hint = "add it to the covariates of the manifest, or remove it"
-            raise invalid(f"{where}, {key}", repr(name), f"covariates of the atlas, {quoted(covariates)}", hint)
-        if isinstance(value, bool) or not isinstance(value, str | Real):
-            raise invalid(f"{where}, {key}, {name}", repr(value), "text or a number", "put text in quotes")
-    return dict(mapping)
 
 
 def _names(given: object, where: str) -> tuple[str, ...]:
