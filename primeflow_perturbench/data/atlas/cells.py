@@ -42,7 +42,7 @@ CORRECT_VALUES = "drop these cells or go back to the counts"
 class AtlasCells:
     """Cells of many files over one list of genes.
 
-    An instance may be pickled and used in other processes, each of which opens the files itself.
+    An instance may be pickled and used in other processes.
 
     Parameters
     ----------
@@ -115,8 +115,7 @@ class AtlasCells:
         entry, block = self._entries[number], self._rows[number].read(rows)
         of_row = np.repeat(np.arange(len(rows)), np.diff(block.indptr))
         values = block.data
-        wrong = _first_wrong(values)
-        if wrong is not None:
+        if (wrong := _first_wrong(values)) is not None:
             where = f"{entry.path}, X, cell {self.obs.index[self._first[number] + rows[of_row[wrong]]]!r}"
             raise invalid(where, f"the value {values[wrong]:.6g}", "finite values of 0 or more", CORRECT_VALUES)
         if entry.x == "counts":
@@ -204,10 +203,7 @@ def open_file(entry: AtlasFile, manifest: Manifest, cache_dir: str | Path | None
     if rows.shape != (len(obs), len(genes)):
         found, expected = (f"{n} cells x {g} genes" for n, g in (rows.shape, (len(obs), len(genes))))
         raise invalid(f"{entry.path}, X", found, f"{expected} as in obs and var", "write the file again")
-    try:
-        _check_values(rows, entry)
-    finally:
-        rows.close()
+    _check_values(rows, entry)
     return OpenFile(entry, rows, genes, obs)
 
 
@@ -231,19 +227,21 @@ def _check_values(rows: StoredRows, entry: AtlasFile) -> None:
     values = values[values != 0]
     if len(values) == 0:
         raise invalid(where, "only zeros", "expression values", "look for the expression in another layer")
-    wrong = _first_wrong(values)
-    if wrong is not None:
+    if (wrong := _first_wrong(values)) is not None:
         raise invalid(where, f"the value {values[wrong]:.6g}", "finite values of 0 or more", CORRECT_VALUES)
     whole, largest = bool((values == np.rint(values)).all()), f"the largest {values.max():.6g}"
-    if entry.x == "counts" and not whole:
-        found = f"values that are not whole numbers, {largest}"
-        raise invalid(where, found, "raw counts", "write x: log1p if they are logged")
-    if entry.x == "log1p" and whole:
-        found, hint = f"only whole numbers, {largest}", "write x: counts if they are counts"
-        raise invalid(where, found, "log1p of normalized counts", hint)
-    if entry.x == "log1p" and values.max() > LEAST_UNLOGGED_MAXIMUM:
-        found = f"values that look normalized but not logged, {largest}"
-        raise invalid(where, found, "log1p of normalized counts", "run sc.pp.log1p(adata) first")
+    if entry.x == "counts":
+        if not whole:
+            found = f"values that are not whole numbers, {largest}"
+            raise invalid(where, found, "raw counts", "write x: log1p if they are logged")
+        return
+    found, hint = None, ""
+    if whole:
+        found, hint = "only whole numbers", "write x: counts if they are counts"
+    elif values.max() > LEAST_UNLOGGED_MAXIMUM:
+        found, hint = "values that look normalized but not logged", "run sc.pp.log1p(adata) first"
+    if found:
+        raise invalid(where, f"{found}, {largest}", "log1p of normalized counts", hint)
 
 
 def join(manifest: Manifest, files: Sequence[OpenFile], missing: Literal["mask", "zero"] = "mask") -> AtlasCells:
@@ -276,9 +274,8 @@ def _join_genes(manifest: Manifest, names: Sequence[Sequence[str]]) -> list[str]
     elif manifest.genes == "intersection":
         genes = list(dict.fromkeys(name for name in names[0] if all(name in of_file for of_file in sets)))
     else:
-        genes = list(manifest.genes)
-        absent = [name for name in genes if name not in set().union(*sets)]
-        if absent:
+        genes, present = list(manifest.genes), set().union(*sets)
+        if absent := [name for name in genes if name not in present]:
             found = f"{len(absent)} that no file has, {quoted(absent)}"
             hint = "remove them from the list or correct their spelling"
             raise invalid(f"{manifest.path}, genes", found, "genes of the files", hint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import h5py
@@ -31,7 +30,8 @@ CHUNK_VALUES = 2**16
 class StoredRows:
     """Rows of the X of an h5ad file that `is_direct`.
 
-    Each process opens the file when it first reads, so an instance may be pickled, and used after a fork.
+    The file is open only while rows are read, which costs less than a millisecond. So an instance may be pickled, and
+    used after a fork and by several threads.
 
     Parameters
     ----------
@@ -44,40 +44,26 @@ class StoredRows:
         with h5py.File(path, "r") as file:
             self.shape = tuple(int(n) for n in file["X"].attrs["shape"])
             self.indptr = file["X/indptr"][:].astype(np.int64)
-        self._open: tuple[h5py.File, h5py.Dataset, h5py.Dataset] | None = None
-        self._process: int | None = None
 
     def read(self, rows: np.ndarray) -> sp.csr_matrix:
-        """Return the ascending, distinct ``rows`` (n,) as a matrix (n, n_genes)."""
+        """Return the ascending, distinct ``rows`` (n,), n > 0, as a matrix (n, n_genes)."""
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > MAX_GAP) + 1)
-        parts = [self._read_run(run) for run in runs]
+        try:
+            with h5py.File(self.path, "r") as file:
+                data, indices = file["X/data"], file["X/indices"]
+                parts = [self._read_run(run, data, indices) for run in runs]
+        except OSError as error:
+            found, hint = f"content that cannot be read ({first_line(error)})", "do not change files that are in use"
+            raise invalid(self.path, found, "the file as it was at the start", hint) from error
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
-    def _read_run(self, rows: np.ndarray) -> sp.csr_matrix:
+    def _read_run(self, rows: np.ndarray, data: h5py.Dataset, indices: h5py.Dataset) -> sp.csr_matrix:
         """Read everything from the first to the last row, and select ``rows``."""
         start, stop = rows[0], rows[-1] + 1
         first, end = self.indptr[start], self.indptr[stop]
-        try:
-            if self._process != os.getpid():
-                file = h5py.File(self.path, "r")
-                self._open, self._process = (file, file["X/data"], file["X/indices"]), os.getpid()
-            _, data, indices = self._open
-            data, indices = data[first:end], indices[first:end]
-        except OSError as error:
-            found, hint = f"content that cannot be read ({first_line(error)})", "do not change files that are in use"
-            raise invalid(self.path, found, "the file as it was opened", hint) from error
-        run = sp.csr_matrix((data, indices, self.indptr[start : stop + 1] - first), shape=(stop - start, self.shape[1]))
+        parts = (data[first:end], indices[first:end], self.indptr[start : stop + 1] - first)
+        run = sp.csr_matrix(parts, shape=(stop - start, self.shape[1]))
         return run if len(rows) == stop - start else run[rows - start]
-
-    def close(self) -> None:
-        """Close the file. The next read opens it again."""
-        if self._process == os.getpid():
-            self._open[0].close()
-        self._open = self._process = None
-
-    def __getstate__(self) -> dict:
-        """Return everything but the open file."""
-        return {**self.__dict__, "_open": None, "_process": None}
 
 
 def is_direct(matrix: h5py.Group | h5py.Dataset) -> bool:
