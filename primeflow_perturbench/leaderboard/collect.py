@@ -70,6 +70,11 @@ class Run:
     scores: pd.DataFrame
     references: pd.DataFrame
 
+    @property
+    def question(self) -> str | None:
+        """What its sweep asks."""
+        return self.trial.get("question")
+
     @cached_property
     def means(self) -> pd.Series:
         """Mean over conditions by metric, in the order of the evaluation."""
@@ -212,7 +217,7 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
         ]
         if record.get(key) is None or missing:
             raise InputError(f"{folder / ENVIRONMENT} lacks {missing[0] if missing else key}: test the run again")
-    seed = trial.get("seed", record["seed"])
+    seed = record["seed"] if trial.get("seed") is None else trial["seed"]
     if not isinstance(seed, int):
         raise InputError(f"{folder}: found {seed!r} as the seed, expected a whole number; test the run again")
     covariates = settings["data"]["data_iter_factory"].get("covariate_keys") or ()

@@ -398,6 +398,8 @@ def results_section(group: Group, drawings: Path | None) -> Section:
         intro = "No model is shown to be better than all others" + (
             "." if several else "; with one seed each, none can be."
         )
+    if question := group.runs[0].question:
+        intro = f"{question} {intro}"
     caption = f"{group.title}: models by mean rank, references and published figures"
     blocks = [result_block(table, caption), *(score_figures(group, drawings) if drawings else [])]
     return Section(f"results-{group.stem}", group.title, blocks, intro)
@@ -468,7 +470,7 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
         {
             "label": str(run.record["label"]),
             "seed": run.seed,
-            "w": _mapping(run.settings, "model").get("guidance"),
+            "w": _mapping(_mapping(run.settings, "model"), "sampler").get("guidance"),
             "evaluations": run.record.get("evaluations"),
             **run.means,
         }

@@ -38,7 +38,7 @@ def settings(references=REFERENCES, filename="screen.h5ad", guidance=1.0):
         "test": True,
         "references": list(references),
         "data": {"data": {"filename": str(filename)}, "data_iter_factory": columns},
-        "model": {"guidance": guidance},
+        "model": {"sampler": {"guidance": guidance}},
     }
 
 

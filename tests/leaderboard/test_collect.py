@@ -14,6 +14,7 @@ from primeflow_perturbench.leaderboard.collect import collect
 def trial(label, seed=0, status="finished", error=None, **overrides):
     return {
         "sweep": "ablation/space",
+        "question": "Genes or components?",
         "overrides": overrides,
         "seed": seed,
         "label": label,
@@ -46,7 +47,14 @@ def test_trial_record_gives_sweep_label_and_seed(tmp_path):
     write_run(tmp_path / "a", "primeflow_fast", 0, trial=trial("space=pca", seed=4))
     (run,) = collect([tmp_path]).runs
     assert (run.group, run.label, run.seed) == ("ablation/space", "space=pca", 4)
+    assert run.question == "Genes or components?"
     assert run.record["label"] == "primeflow_fast"
+
+
+def test_trial_without_a_seed_has_the_seed_of_the_run(tmp_path):
+    write_run(tmp_path / "a", "primeflow_fast", 3, trial=trial("space=pca", seed=None))
+    (run,) = collect([tmp_path]).runs
+    assert run.seed == 3
 
 
 def test_plain_runs_and_leaderboards_come_first(tmp_path):

@@ -140,7 +140,13 @@ def test_figures_of_scores_are_drawn_only_once(tmp_path, monkeypatch):
                 "model",
                 seed,
                 table,
-                trial={"sweep": "ablation/guidance", "label": f"w={w}", "seed": seed, "status": "finished"},
+                trial={
+                    "sweep": "ablation/guidance",
+                    "question": "What does w gain?",
+                    "label": f"w={w}",
+                    "seed": seed,
+                    "status": "finished",
+                },
                 config=settings(guidance=w),
                 evaluations=10 * w + seed,
             )
@@ -151,7 +157,9 @@ def test_figures_of_scores_are_drawn_only_once(tmp_path, monkeypatch):
         "ablation-guidance-quality-against-cost",
         "ablation-guidance-ranks",
     ]
-    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<figure>") == 3
+    assert "What does w gain? " in page
 
     def forbidden(*arguments, **options):
         raise AssertionError("drawn again")
