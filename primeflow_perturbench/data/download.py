@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 from rich.box import SIMPLE_HEAD
@@ -19,9 +19,6 @@ from rich.table import Table
 from primeflow_perturbench.data.archives import gunzip, untar
 from primeflow_perturbench.errors import InputError, first_line, nearest
 from primeflow_perturbench.files import file_hash, write_json
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
 
 REPOSITORY = "altoslabs/perturbench"
 LOCK = "perturbench.lock.json"
@@ -162,12 +159,10 @@ def dataset_table(
         _, remote = _list_files(revision or lock.revision or "main")
     except InputError as error:
         problem = str(error)
-    table = Table(title=f"Data sets of {REPOSITORY}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.title_justify = "left"
-    for heading in ("name", "what", "task", "files"):
-        table.add_column(heading, no_wrap=heading in ("name", "files"))
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("here", no_wrap=True)
+    table = Table(title=f"Data sets of {REPOSITORY}", box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for heading in ("name", "what", "task", "files", "size", "here"):
+        justify = "right" if heading == "size" else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading not in ("what", "task"))
     for name, (description, task, files) in DATASETS.items():
         size = decimal(sum(remote[file].size for file in files if file in remote)) if remote else "?"
         here = "yes" if all(map(lock.has, files)) else "in part" if any(map(lock.has, files)) else "no"
@@ -237,7 +232,7 @@ def _download(
         report(f"{lock.target(name)} is there ({decimal(size_on_disk(lock.target(name)))})")
 
 
-def _check_space(folder: Path, files: Sequence["RepoSibling"]) -> None:
+def _check_space(folder: Path, files: Sequence[Any]) -> None:
     needed = sum(file.size for file in files)
     # The largest file is on the disk both packed and unpacked for a while, and unpacking does not shrink it.
     needed += max((file.size for file in files if file.rfilename.endswith(".gz")), default=0)
@@ -249,8 +244,8 @@ def _check_space(folder: Path, files: Sequence["RepoSibling"]) -> None:
         )
 
 
-def _list_files(revision: str) -> tuple[str, dict[str, "RepoSibling"]]:
-    """Return the commit of a branch, tag or commit of the repository, and its files by name."""
+def _list_files(revision: str) -> tuple[str, dict[str, Any]]:
+    """Return the commit of a branch, tag or commit of the repository, and its files (`RepoSibling`) by name."""
     from huggingface_hub import HfApi
 
     with _hub_errors(revision):
@@ -259,7 +254,7 @@ def _list_files(revision: str) -> tuple[str, dict[str, "RepoSibling"]]:
         return info.sha, {file.rfilename: file for file in info.siblings}
 
 
-def _fetch(file: "RepoSibling", lock: Lock, keep: bool, console: Console) -> None:
+def _fetch(file: Any, lock: Lock, keep: bool, console: Console) -> None:
     """Download, verify, unpack and record one file. A complete staged download is used again."""
     from huggingface_hub import hf_hub_download
 
@@ -291,7 +286,7 @@ def _fetch(file: "RepoSibling", lock: Lock, keep: bool, console: Console) -> Non
     lock.write()
 
 
-def _verify(file: "RepoSibling", path: Path) -> str:
+def _verify(file: Any, path: Path) -> str:
     """Return the SHA-256 of a download; `InputError` if its checksum differs from the hub's."""
     sha256 = file_hash(path)
     if file.lfs is not None:
@@ -310,7 +305,7 @@ def _verify(file: "RepoSibling", path: Path) -> str:
 @contextmanager
 def _hub_errors(revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into `InputError`."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
     endpoint = hub_endpoint()
     try:
@@ -320,20 +315,12 @@ def _hub_errors(revision: str | None) -> Iterator[None]:
             f"{REPOSITORY}: found no revision {revision!r} at {endpoint}, expected a branch, tag or commit; omit "
             "--revision for the one of the folder, or main"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{REPOSITORY}: found no such public data set at {endpoint}, expected one; check HF_ENDPOINT"
-        ) from error
-    # The second base of the hub's error is that of its HTTP client: requests, httpx or a later one.
-    except (OSError, *HfHubHTTPError.__bases__) as error:
+    # The bases of the hub's error include that of its HTTP client: requests, httpx or a later one. The other errors are
+    # those of an answer that is not the hub's, such as a login page.
+    except (OSError, ValueError, KeyError, TypeError, *HfHubHTTPError.__bases__) as error:
         if getattr(error, "errno", None) is not None:
             raise  # The disk is at fault.
         raise InputError(
             f"{REPOSITORY} cannot be downloaded from {endpoint} ({first_line(error.__cause__ or error)}); check the "
             "network, HTTPS_PROXY and HF_ENDPOINT, then repeat the command"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{endpoint}: found an answer that is not the hub's, expected a list of files; check HF_ENDPOINT, and "
-            "whether the network asks for a login"
         ) from error

@@ -12,6 +12,13 @@ from primeflow_perturbench.errors import InputError, nearest
 
 # Increase it when the same spec gives other cells or has other names: files of another version are simulated again.
 VERSION = 2
+MINIMUM = {
+    **dict.fromkeys(("n_genes", "programs_per_gene", "n_perturbations", "n_batches"), 1),
+    **dict.fromkeys(("seed", "n_pairs", "cells_per_condition", "control_cells_per_line", "effect_size"), 0),
+    **dict.fromkeys(("expression_spread", "library_spread", "dispersion", "housekeeping_dispersion"), 0),
+    **dict.fromkeys(("line_strength", "interaction_strength", "cell_strength", "batch_strength"), 0),
+    "n_programs": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,25 +133,16 @@ class ScreenSpec:
                 )
                 # One type per field, so that 1500 and 1500.0 give the same spec.
                 object.__setattr__(self, field.name, kind(value))
-        for name in ("n_genes", "n_programs", "programs_per_gene", "n_perturbations", "n_batches"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in (field.name for field in dataclasses.fields(self)):
-            if name.endswith(("_spread", "_strength", "dispersion")) or name in (
-                "seed",
-                "n_pairs",
-                "cells_per_condition",
-                "control_cells_per_line",
-                "effect_size",
-            ):
-                self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name, minimum in MINIMUM.items():
+            self._check(name, getattr(self, name) >= minimum, f"at least {minimum}")
         for name in ("context_specificity", "knockdown"):
             self._check(name, 0 <= getattr(self, name) <= 1, "a share between 0 and 1")
         for name in ("housekeeping_genes", "housekeeping_counts"):
             self._check(name, 0 <= getattr(self, name) < 1, "a share of at least 0 and below 1")
         n_possible = self.n_perturbations * (self.n_perturbations - 1) // 2
         self._check("n_pairs", self.n_pairs <= n_possible, f"at most {n_possible}, all pairs of the perturbations")
-        minimum = max(2, self.programs_per_gene)
-        self._check("n_programs", self.n_programs >= minimum, f"at least {minimum}")
+        expected = f"at least programs_per_gene={self.programs_per_gene}"
+        self._check("n_programs", self.n_programs >= self.programs_per_gene, expected)
         self._check("library_median", self.library_median > 0, "above 0")
         unique = len(set(self.cell_lines)) == len(self.cell_lines)
         self._check("cell_lines", bool(self.cell_lines) and unique, "one or more different names")

@@ -306,7 +306,8 @@ def test_file_revision_or_repository_that_the_hub_lacks_is_an_error(hub, tmp_pat
     assert message.startswith(f"altoslabs/perturbench: found no revision 'v9' at {hub.endpoint}")
     hub.repository = "someone/else"
     message = error_of(["norman19"], tmp_path)
-    assert message.startswith(f"altoslabs/perturbench: found no such public data set at {hub.endpoint}")
+    assert message.startswith(f"altoslabs/perturbench cannot be downloaded from {hub.endpoint} (")
+    assert "404" in message
     assert content_of(tmp_path) == {}
     assert not (tmp_path / LOCK).exists()
 
@@ -332,7 +333,9 @@ def test_unreachable_hub_is_an_error(hub, tmp_path, monkeypatch, endpoint):
 @pytest.mark.parametrize("answer", [b"<html>log in</html>", b"{}", b"[1]", b"null"])
 def test_answer_that_is_not_the_hubs_is_an_error(hub, tmp_path, answer):
     hub.api_answer = answer
-    assert error_of(["norman19"], tmp_path).startswith(f"{hub.endpoint}: found an answer that is not the hub's")
+    assert error_of(["norman19"], tmp_path).startswith(
+        f"altoslabs/perturbench cannot be downloaded from {hub.endpoint}"
+    )
 
 
 def test_too_little_disk_space_is_reported_before_downloading(hub, tmp_path, monkeypatch):

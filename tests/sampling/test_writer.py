@@ -25,7 +25,7 @@ RECORDS = ["r0", "r1", "r2"]
 
 
 def values(row):
-    """Sparse cells (COUNTS[row], 4) of a condition, the second of them all zero."""
+    """Sparse cells (COUNTS[row], 4) of a condition; the second one is all zero."""
     cells = torch.rand(COUNTS[row], 4, generator=torch.Generator().manual_seed(row))
     cells[cells < 0.5] = 0
     cells[1:2] = 0
@@ -47,7 +47,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
-def test_blocks_of_any_size_become_the_same_cells(tmp_path, size):
+def test_block_size_does_not_change_the_cells(tmp_path, size):
     write(tmp_path / "cells.h5ad", blocks(size))
     adata = ad.read_h5ad(tmp_path / "cells.h5ad")
     np.testing.assert_array_equal(adata.X.toarray(), torch.cat([values(row) for row in range(3)]))
@@ -57,7 +57,7 @@ def test_blocks_of_any_size_become_the_same_cells(tmp_path, size):
     assert names(tmp_path) == ["cells.h5ad"]
 
 
-def test_every_cell_says_which_condition_it_is_of(tmp_path):
+def test_obs_names_the_condition_of_each_cell(tmp_path):
     write(tmp_path / "cells.h5ad")
     obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
     assert obs["condition"].tolist() == ["G0"] * 5 + ["G0+G1"] + ["control"] * 4
@@ -68,8 +68,7 @@ def test_every_cell_says_which_condition_it_is_of(tmp_path):
     assert [str(dtype) for dtype in obs.dtypes] == ["category", "float32", "category", "int64"]
 
 
-def test_the_file_is_one_that_anndata_writes_itself(tmp_path):
-    """Read, written by anndata and read again it is unchanged, and it can be left on disk or extended."""
+def test_file_has_the_layout_of_anndata(tmp_path):
     write(tmp_path / "cells.h5ad")
     adata = ad.read_h5ad(tmp_path / "cells.h5ad")
     adata.write_h5ad(tmp_path / "again.h5ad")
@@ -83,13 +82,12 @@ def test_the_file_is_one_that_anndata_writes_itself(tmp_path):
     np.testing.assert_array_equal(backed.X[4:7].toarray(), adata.X[4:7].toarray())
 
 
-def test_no_value_above_zero_is_a_file_too(tmp_path):
+def test_cells_without_values_are_written(tmp_path):
     write(tmp_path / "cells.h5ad", ((row, first, 0 * cells) for row, first, cells in blocks()))
     assert ad.read_h5ad(tmp_path / "cells.h5ad").X.toarray().tolist() == np.zeros((10, 4)).tolist()
 
 
-def test_a_block_is_asked_for_only_after_the_last_one_is_written(tmp_path):
-    """So that no more than one is in memory."""
+def test_each_block_is_written_before_the_next_is_requested(tmp_path):
     stored = []
 
     def watched():
@@ -103,7 +101,7 @@ def test_a_block_is_asked_for_only_after_the_last_one_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_end_in_the_middle_leaves_nothing(tmp_path, error):
+def test_interrupted_write_leaves_no_file(tmp_path, error):
     def broken():
         yield from list(blocks())[:3]
         raise error
@@ -111,9 +109,6 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path, error):
     with pytest.raises(error):
         write(tmp_path / "cells.h5ad", broken())
     assert names(tmp_path) == []
-
-
-# --- a file for each condition
 
 
 def test_file_names_are_safe_ordered_and_distinct():
@@ -124,7 +119,7 @@ def test_file_names_are_safe_ordered_and_distinct():
     assert max(map(len, found)) < 120
 
 
-def test_files_for_each_condition_hold_the_cells_of_the_one_file(tmp_path):
+def test_files_per_condition_hold_the_cells_of_the_single_file(tmp_path):
     write(tmp_path / "cells.h5ad")
     write_files(tmp_path / "many", blocks(), OBS, COUNTS, GENES, RECORDS)
     index = pd.read_csv(tmp_path / "many" / INDEX_FILE)
@@ -140,7 +135,7 @@ def test_files_for_each_condition_hold_the_cells_of_the_one_file(tmp_path):
         assert part.obs["condition"].cat.categories.tolist() == [OBS.loc[row, "condition"]]
 
 
-def test_whole_files_are_known_again_and_others_are_not(tmp_path):
+def test_only_complete_files_with_the_same_record_count_as_written(tmp_path):
     def left(counts=COUNTS, records=RECORDS):
         return not_written(tmp_path, OBS, np.asarray(counts), records)
 
@@ -157,7 +152,7 @@ def test_whole_files_are_known_again_and_others_are_not(tmp_path):
     assert read_record(tmp_path / file_names(OBS)[1]) == (1, "r1")
 
 
-def test_an_interrupted_folder_keeps_its_whole_files_and_is_finished_later(tmp_path):
+def test_interrupted_folder_keeps_complete_files_and_can_be_completed(tmp_path):
     def broken():
         yield from list(blocks())[:5]
         raise KeyboardInterrupt
@@ -177,7 +172,7 @@ def test_an_interrupted_folder_keeps_its_whole_files_and_is_finished_later(tmp_p
     assert last.obs["_condition_idx"].unique().tolist() == [2]
 
 
-def test_the_index_is_there_only_while_all_files_are(tmp_path):
+def test_index_exists_only_with_all_files(tmp_path):
     write_files(tmp_path, blocks(), OBS, COUNTS, GENES, RECORDS)
 
     def broken():

@@ -377,7 +377,7 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
         ({"cell_lines": ["a", "a"]}, "cell_lines: found .* expected one or more different names"),
         ({"cell_lines": "alpha"}, "cell_lines: found 'alpha', expected a list"),
         ({"responder_fraction": [0.9, 0.2]}, "responder_fraction: found .* the smaller first"),
-        ({"dispersion": -1}, "dispersion: found -1.0, expected 0 or more"),
+        ({"dispersion": -1}, "dispersion: found -1.0, expected at least 0"),
         ({"effect_size": float("nan")}, "effect_size: found nan, expected a number"),
         ({"knockdown": 2}, "knockdown: found 2.0, expected a share between 0 and 1"),
         ({"library_median": 0}, "library_median: found 0.0, expected above 0"),
