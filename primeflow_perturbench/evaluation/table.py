@@ -22,11 +22,11 @@ MORE = {
     "top_k_recall_rank_scores": ("rank recall", False),
     "rmse_rank_average": ("rank RMSE", False),
 }
-CAPTION = (
+METRICS_NOTE = (
     "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall: of the top 50 DE genes; "
-    "cosine: of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance. "
-    "Means over conditions; the best is bold, the ceiling does not compete."
+    "cosine: of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance."
 )
+CAPTION = f"{METRICS_NOTE} Means over conditions; the best is bold, the ceiling does not compete."
 LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
 CEILING = "ceiling"
 

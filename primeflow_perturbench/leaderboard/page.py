@@ -6,9 +6,8 @@ adds to, so that they can be read and printed without it.
 
 import base64
 import hashlib
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import resources
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.evaluation.references import REFERENCES
-from primeflow_perturbench.evaluation.table import CAPTION, CEILING, heading
+from primeflow_perturbench.evaluation.table import CEILING, METRICS_NOTE, heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard import figures
 from primeflow_perturbench.leaderboard.collect import PREDICTED, RUNS, Collection, Run, RunCells, collect
@@ -51,8 +50,7 @@ FOLD, FILTER = 25, 8
 LONGEST = 2000
 
 HOW_TO_READ = (
-    "A row is a model or a setting, a column a metric with an arrow towards better. "
-    + CAPTION.removesuffix(" Means over conditions; best in bold, the ceiling aside."),
+    f"A row is a model or a setting, a column a metric with an arrow towards better. {METRICS_NOTE}",
     f"{BOLD_NOTE} The standard deviation over seeds follows ±.",
     "Reference rows: control cells (nothing happens), perturbed training cells of any perturbation (training mean), "
     "control cells shifted by the effects that training saw (additive), and replicates of the observed cells "
@@ -103,16 +101,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableBlock:
-    """A table. Every row has one cell per column."""
+    """A table; every row has one cell per column."""
 
     kind: ClassVar = "table"
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
 
-    def __post_init__(self):
-        if odd := [len(row) for row in self.rows if len(row) != len(self.columns)]:
-            raise ValueError(f"table {self.caption!r}: a row has {odd[0]} cells, expected {len(self.columns)}")
+    @classmethod
+    def of(cls, caption: str, columns: Mapping[Column, Sequence[Cell]]) -> "TableBlock":
+        """A table from the cells of each column."""
+        return cls(caption, list(columns), list(zip(*columns.values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -363,8 +362,8 @@ def facts_table(collection: Collection) -> TableBlock:
         ),
         "commit": _distinct(record.get("commit") for record in records),
     }
-    rows = [[Cell(name), Cell(text)] for name, text in facts.items()]
-    return TableBlock("Runs, data and machines", [Column("what"), Column("value")], rows)
+    columns = {Column("what"): map(Cell, facts), Column("value"): map(Cell, facts.values())}
+    return TableBlock.of("Runs, data and machines", columns)
 
 
 def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -407,20 +406,18 @@ def results_section(group: Group, drawings: Path | None) -> Section:
 
 def result_block(table: ResultTable, caption: str) -> TableBlock:
     """A result table, with reference and published rows muted."""
-    parts = [Column("conditions")] if table.has_parts else []
-    metrics = [metric_column(metric) for metric in table.mean]
-    columns = [Column("model"), *parts, Column("kind"), Column("seeds", numeric=True), *metrics]
-    texts, best = ({metric: of(metric) for metric in table.mean} for of in (table.texts, table.best))
-    rows = []
-    for row, (name, seeds, key) in enumerate(zip(table.names, table.seeds, table.keys.itertuples(), strict=True)):
-        muted = key.kind != MODEL
-        cells = [Cell(name, muted=muted), *([Cell(key.part)] if parts else []), Cell(key.kind, muted=True)]
-        cells.append(Cell(seeds or MISSING, float(seeds) if seeds else None, muted=True))
-        for metric in table.mean:
-            value = float(table.mean[metric].iloc[row])
-            cells.append(Cell(texts[metric][row], value, bold=best[metric][row], muted=muted))
-        rows.append(cells)
-    return TableBlock(caption, columns, rows)
+    muted = (table.keys["kind"] != MODEL).tolist()
+    columns = {Column("model"): [Cell(name, muted=gray) for name, gray in zip(table.names, muted, strict=True)]}
+    if table.has_parts:
+        columns[Column("conditions")] = list(map(Cell, table.keys["part"]))
+    columns[Column("kind")] = [Cell(kind, muted=True) for kind in table.keys["kind"]]
+    columns[Column("seeds", numeric=True)] = [
+        Cell(seeds or MISSING, float(seeds) if seeds else None, muted=True) for seeds in table.seeds
+    ]
+    for metric in table.mean:
+        cells = zip(table.texts(metric), table.mean[metric].tolist(), table.best(metric), muted, strict=True)
+        columns[metric_column(metric)] = [Cell(*cell) for cell in cells]
+    return TableBlock.of(caption, columns)
 
 
 def metric_column(metric: str) -> Column:
@@ -438,27 +435,22 @@ def number_cell(value: Any, digits: int = 3) -> Cell:
 
 def score_figures(group: Group, folder: Path) -> list[FigureBlock]:
     """Heat map of ranks, and quality by guidance and by network evaluations where the runs differ in these."""
-    found = []
-    ranks = group.table.ranks
-    if len(ranks) > 1:
-        draw = partial(figures.rank_heat_map, ranks)
-        found.append(figure_block(folder, f"{group.title}: ranks", [ranks.to_csv()], draw))
-    runs = run_table(group.runs)
+    figure_of: list[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], figures.Picture]]] = []
+    if len(ranks := group.table.ranks) > 1:
+        figure_of.append((f"{group.title}: ranks", ranks, figures.rank_heat_map))
+    runs, metrics = run_table(group.runs), ["mmd_none", "top_k_recall_scores"]
     for model, rows in runs.groupby("label", sort=False):
-        if rows["w"].nunique() > 1 and {"mmd_none", "top_k_recall_scores"} <= set(rows):
-            curve = rows[["w", "seed", "mmd_none", "top_k_recall_scores"]].dropna()
+        if rows["w"].nunique() > 1 and {*metrics} <= set(rows):
             name = f"{group.title}, {model}" if model != group.title else model
-            draw = partial(figures.guidance_curve, curve)
-            found.append(figure_block(folder, f"{name}: guidance", [curve.to_csv()], draw))
+            figure_of.append((f"{name}: guidance", rows[["w", "seed", *metrics]].dropna(), figures.guidance_curve))
     metric = group.table.mean.columns[0]
-    cost = cost_table(runs, metric)
-    if len(cost):
-        draw = partial(figures.evaluations_curve, cost, metric)
-        found.append(figure_block(folder, f"{group.title}: quality against cost", [cost.to_csv()], draw))
-    return found
+    if len(cost := cost_table(runs, metric)):
+        draw = partial(figures.evaluations_curve, metric=metric)
+        figure_of.append((f"{group.title}: quality against cost", cost, draw))
+    return [figure_block(folder, name, [table.to_csv()], partial(draw, table)) for name, table, draw in figure_of]
 
 
-def figure_block(folder: Path, name: str, inputs: Sequence[str], draw: Any) -> FigureBlock:
+def figure_block(folder: Path, name: str, inputs: Sequence[str], draw: Callable[[], figures.Picture]) -> FigureBlock:
     """Block of a figure of `figures.draw_once`."""
     image, alt = figures.draw_once(folder, name, inputs, draw)
     return FigureBlock(name, alt, image)
@@ -490,38 +482,32 @@ def cost_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def statistics_section(groups: Sequence[Group]) -> Section:
     """Every row of a group against its baseline."""
-    columns = [
-        Column("model"),
-        Column("metric"),
-        Column("mean", numeric=True),
-        Column("baseline", numeric=True),
-        Column("difference", numeric=True, help="positive if the row is better than the baseline"),
-        Column("95 % interval", numeric=True, help="of the difference, over conditions"),
-        Column("p (Holm)", numeric=True, higher_is_better=False),
-        Column("effect", numeric=True, help="rank-biserial correlation, from -1 to 1"),
-        Column("seed noise", numeric=True, help="difference that seeds alone exceed once in 20 times"),
-        Column("verdict"),
-    ]
     tables = []
     for group in groups:
-        rows = [
-            [
-                Cell(row["label"]),
-                Cell(heading(row["metric"])[0]),
-                number_cell(row["mean"]),
-                number_cell(row["baseline_mean"]),
-                Cell(f"{row['difference']:+.3f}", row["difference"]),
-                Cell(f"{row['low']:+.3f} to {row['high']:+.3f}", row["low"]),
-                Cell(f"{row['p_holm']:.2g}", row["p_holm"]),
-                number_cell(row["effect"]),
-                number_cell(row["noise"]),
-                Cell(row["verdict"]),
-            ]
-            for row in group.comparison.to_dict("records")
-        ]
-        if rows:
-            baseline = group.comparison["baseline"].iloc[0]
-            tables.append(TableBlock(f"{group.title}: against {baseline}", columns, rows))
+        found = group.comparison
+        if found.empty:
+            continue
+        numbers = {key: list(map(number_cell, found[key])) for key in ("mean", "baseline_mean", "effect", "noise")}
+        interval = zip(found["low"], found["high"], strict=True)
+        columns = {
+            Column("model"): map(Cell, found["label"]),
+            Column("metric"): [Cell(heading(metric)[0]) for metric in found["metric"]],
+            Column("mean", numeric=True): numbers["mean"],
+            Column("baseline", numeric=True): numbers["baseline_mean"],
+            Column("difference", numeric=True, help="positive if the row is better than the baseline"): [
+                Cell(f"{value:+.3f}", value) for value in found["difference"]
+            ],
+            Column("95 % interval", numeric=True, help="of the difference, over conditions"): [
+                Cell(f"{low:+.3f} to {high:+.3f}", low) for low, high in interval
+            ],
+            Column("p (Holm)", numeric=True, higher_is_better=False): [Cell(f"{p:.2g}", p) for p in found["p_holm"]],
+            Column("effect", numeric=True, help="rank-biserial correlation, from -1 to 1"): numbers["effect"],
+            Column("seed noise", numeric=True, help="difference that seeds alone exceed once in 20 times"): numbers[
+                "noise"
+            ],
+            Column("verdict"): map(Cell, found["verdict"]),
+        }
+        tables.append(TableBlock.of(f"{group.title}: against {found['baseline'].iloc[0]}", columns))
     return Section("statistics", "Statistics", tables, STATISTICS)
 
 
@@ -538,13 +524,9 @@ def conditions_section(groups: Sequence[Group], references: pd.DataFrame) -> Sec
             path = f"tables/{group.stem}_per_condition.csv"
             blocks.append(TextBlock([f"{group.title}: {len(table):,} rows by condition are in {path}."]))
             continue
-        metrics = list(table.columns[2:])
-        columns = [Column("condition"), Column("model"), *map(metric_column, metrics)]
-        rows = [
-            [Cell(condition), Cell(label), *map(number_cell, values)]
-            for condition, label, *values in table.itertuples(index=False)
-        ]
-        blocks.append(TableBlock(f"{group.title}: by condition", columns, rows))
+        columns = {Column("condition"): map(Cell, table["condition"]), Column("model"): map(Cell, table["label"])}
+        columns |= {metric_column(metric): list(map(number_cell, table[metric])) for metric in table.columns[2:]}
+        blocks.append(TableBlock.of(f"{group.title}: by condition", columns))
     intro = "; ".join(f"{name}: {meaning}" for name, meaning in MEANING.items())
     return Section(
         "conditions", "Regimes and conditions", blocks, f"{intro}. With few conditions each, nothing is bold."
@@ -609,37 +591,32 @@ def choose_conditions(values: pd.Series, higher_is_better: bool, n: int) -> list
 
 def runs_section(collection: Collection) -> Section:
     """Cost of the finished runs, and the runs that stand in no table."""
-    columns = [
-        Column("model"),
-        Column("group"),
-        Column("seed", numeric=True),
-        Column("steps", numeric=True),
-        Column("seconds", numeric=True),
-        Column("memory, GiB", numeric=True, help="peak memory of the process"),
-        Column("evaluations", numeric=True, help="network evaluations per generated cell"),
-        Column("folder"),
-    ]
-    rows = [
-        [
-            Cell(run.label),
-            Cell(run.group),
-            number_cell(run.seed, 0),
-            number_cell(run.record.get("steps"), 0),
-            number_cell(run.record.get("seconds"), 0),
-            number_cell(_mapping(run.record, "peak_memory").get("host_gib"), 1),
-            number_cell(run.record.get("evaluations"), 0),
-            Cell(str(run.folder)),
-        ]
-        for run in collection.runs
-    ]
-    excluded = itertools.chain(
-        (("failed", run) for run in collection.failed), (("unfinished", run) for run in collection.unfinished)
-    )
-    others = [[Cell(x) for x in (run.label, run.group, state, str(run.folder), run.reason)] for state, run in excluded]
-    columns_of_others = [Column(title) for title in ("model", "group", "state", "folder", "reason")]
-    blocks: list[Block] = [TableBlock("Finished runs and their cost", columns, rows)]
-    if others:
-        blocks.append(TableBlock("Runs in no table", columns_of_others, others))
+    runs, records = collection.runs, [run.record for run in collection.runs]
+    peaks = [_mapping(record, "peak_memory").get("host_gib") for record in records]
+    columns = {
+        Column("model"): [Cell(run.label) for run in runs],
+        Column("group"): [Cell(run.group) for run in runs],
+        Column("seed", numeric=True): [number_cell(run.seed, 0) for run in runs],
+        Column("steps", numeric=True): [number_cell(record.get("steps"), 0) for record in records],
+        Column("seconds", numeric=True): [number_cell(record.get("seconds"), 0) for record in records],
+        Column("memory, GiB", numeric=True, help="peak memory of the process"): [number_cell(x, 1) for x in peaks],
+        Column("evaluations", numeric=True, help="network evaluations per generated cell"): [
+            number_cell(record.get("evaluations"), 0) for record in records
+        ],
+        Column("folder"): [Cell(str(run.folder)) for run in runs],
+    }
+    blocks: list[Block] = [TableBlock.of("Finished runs and their cost", columns)]
+    excluded = [*collection.failed, *collection.unfinished]
+    states = ["failed"] * len(collection.failed) + ["unfinished"] * len(collection.unfinished)
+    if excluded:
+        columns = {
+            Column("model"): [Cell(run.label) for run in excluded],
+            Column("group"): [Cell(run.group) for run in excluded],
+            Column("state"): map(Cell, states),
+            Column("folder"): [Cell(str(run.folder)) for run in excluded],
+            Column("reason"): [Cell(run.reason) for run in excluded],
+        }
+        blocks.append(TableBlock.of("Runs in no table", columns))
     else:
         blocks.append(TextBlock(["No run failed and none is unfinished."]))
     return Section("runs", "Runs", blocks)
