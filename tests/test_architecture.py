@@ -29,8 +29,7 @@ LAYERS = (
 )
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 
-# Temporary: imports that still point up or bypass `perturbench.backend`, as (importer, imported). Remove an entry with
-# its import; add none.
+# Temporary: imports that still point up, as (importer, imported). Remove an entry with its import; add none.
 UPWARD: set[tuple[str, str]] = {
     ("finetuning.weight_transfer", "model"),
     ("model", "training.noise"),
@@ -58,11 +57,6 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
     ("pretrained", "model"),
     ("pretrained", "training"),
     ("training", "finetuning"),
-}
-DRAWER: set[str] = {
-    "conditions.embedding_tables",
-    "data.splits",
-    "sampling.predict",
 }
 
 
@@ -170,5 +164,4 @@ def test_only_perturbench_imports_its_embedded_subset():
         for name, each in import_graph().items()
         if not name.startswith(f"{PACKAGE}.perturbench") and any(other.startswith(EMBEDDED) for other in each)
     }
-    assert importers - DRAWER == set(), "use perturbench.backend.load, or a module of ours"
-    assert DRAWER - importers == set(), "these no longer import it: remove them from DRAWER"
+    assert importers == set(), "use perturbench.backend.load, or a module of ours"

@@ -10,10 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
+from primeflow_perturbench.errors import InputError, counted, first_line, quoted, with_nearest
 from primeflow_perturbench.labels import Parts
 from primeflow_perturbench.networks.condition_embedding import External, summed_rows
-from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
 
 Given = str | Path | pd.DataFrame
 
@@ -34,10 +33,14 @@ def checked(given: Given, where: str) -> pd.DataFrame:
     """A table of finite float32 with names as text; ``where`` is what errors call it if it is no file."""
     if isinstance(given, str | Path):
         where = f"the perturbation embeddings {given}"
+        if not Path(given).is_file():
+            raise InputError(f"{where}: no such file; give a parquet file with perturbation names as its index")
         try:
-            given = read_perturbation_embeddings(given)
+            given = pd.read_parquet(given)
         except (OSError, ValueError) as error:
-            raise InputError(f"{error}; give a parquet file with names of perturbations as its index") from error
+            raise InputError(
+                f"{where}: not a readable parquet file ({first_line(error)}); name the perturbations in its index"
+            ) from error
     words = [str(name) for name in given.columns if not pd.api.types.is_numeric_dtype(given[name])]
     if words or given.shape[1] == 0:
         found = f"the column {words[0]!r}, which holds no numbers" if words else "no column"

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from primeflow_perturbench.conditions.embedding_tables import read_tables
 from primeflow_perturbench.conditions.table import Conditions, encode_conditions, read_table
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, challenge_settings
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow, as_plain
 from primeflow_perturbench.perturbench.backend import load
-from primeflow_perturbench.perturbench.embedded.data.cells import read_perturbation_embeddings
 from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint, run_settings
 from primeflow_perturbench.pretrained.folder import build, read_shared
 from primeflow_perturbench.sampling.sampler import Block
@@ -172,7 +172,7 @@ def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[st
         raise InputError(f"{cfg.ckpt_path} was trained with perturbation embeddings; give {key}=PATH of their parquet")
     if not isinstance(path, str):
         raise InputError(f"{cfg.ckpt_path} was trained with one file of perturbation embeddings; give {key}=PATH of it")
-    embeddings = read_perturbation_embeddings(path)
+    (embeddings,) = read_tables(path)
     if embeddings.shape[1] != width:
         raise InputError(
             f"{path} has perturbation embeddings of width {embeddings.shape[1]}, but {cfg.ckpt_path} was trained with "

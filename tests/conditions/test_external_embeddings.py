@@ -113,7 +113,7 @@ def test_a_perturbation_of_training_without_a_row_is_named():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("absent.parquet", "no file of perturbation embeddings absent.parquet; give a parquet file"),
+        ("absent.parquet", "the perturbation embeddings absent.parquet: no such file; give a parquet file"),
         (TABLE.assign(word="x"), "number 1 have the column 'word', which holds no numbers"),
         (TABLE[[]], "have no column, expected a numeric column a feature"),
         (pd.concat([TABLE, TABLE[1:2]]), "name 'B' more than once"),

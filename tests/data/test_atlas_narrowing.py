@@ -162,7 +162,7 @@ def test_command_writes_a_split_that_a_run_reads(tmp_path, monkeypatch, capsys):
         read = read_split_csv(tmp_path / "split.csv", obs.index)
         assert read.fillna("unused").tolist() == expected.tolist()
     assert call(monkeypatch, *given, "--context", "H1") == 2
-    assert "--context is 'H1', expected COLUMN=VALUE" in capsys.readouterr().err
+    assert "--context 'H1': expected COLUMN=VALUE" in capsys.readouterr().err
     assert call(monkeypatch, *given[:2], "--context", "cell_type=H1") == 2
     assert "found no --test-perturbations" in capsys.readouterr().err
     assert call(monkeypatch, *given[:2], "--context", "cell_type=H1", "--task", "set_apart") == 0

@@ -1,12 +1,14 @@
-"""Which backend answers, and what is said of one that does not fit. Each case in a process: choice and imports stay."""
+"""The choice of the backend, and the messages about a PerturBench that does not fit."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
-from primeflow_perturbench.perturbench.backend import EMBEDDED
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.backend import EMBEDDED, VARIABLE, backend, load, load_embedded, locate
 
 OLD = """
 class PerturbationModel:
@@ -18,87 +20,108 @@ class PerturbationModel:
     def __init__(self, n_genes, n_perts, transform, context, evaluation, **kwargs):
         pass
 """
-
-
-def ask(code, path="", choice=None):
-    """What ``code`` prints, and the last line of its errors, with ``path`` importable."""
-    environment = {name: value for name, value in os.environ.items() if name != "PRIMEFLOW_BENCHMARK"}
-    environment["PYTHONPATH"] = str(path)
-    if choice is not None:
-        environment["PRIMEFLOW_BENCHMARK"] = choice
-    code = "from primeflow_perturbench.perturbench.backend import backend, load, locate\n" + code
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    return done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
+MODEL = "modelcore.models.PerturbationModel"
 
 
 @pytest.fixture
-def package(tmp_path):
-    """Writes a package ``perturbench`` with one model module."""
+def no_package(monkeypatch):
+    """No package ``perturbench`` is imported, and no backend is chosen."""
+    imported = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "perturbench"}
+    for name in imported:
+        del sys.modules[name]
+    monkeypatch.delenv(VARIABLE, raising=False)
+    backend.cache_clear()
+    yield monkeypatch
+    backend.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "perturbench"]:
+        del sys.modules[name]
+    sys.modules.update(imported)
 
-    def write(models):
+
+@pytest.fixture
+def package(tmp_path, no_package):
+    """Return a function that writes a package ``perturbench`` with one module of models, and makes it importable."""
+
+    def write(models: str):
         (tmp_path / "perturbench" / "modelcore").mkdir(parents=True)
         for folder in ("perturbench", "perturbench/modelcore"):
             (tmp_path / folder / "__init__.py").touch()
         (tmp_path / "perturbench" / "modelcore" / "models.py").write_text(models)
+        no_package.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
         return tmp_path
 
     return write
 
 
-def test_without_perturbench_the_embedded_subset_answers():
-    assert ask("print(locate('data.types.Batch'))")[0] == f"{EMBEDDED}.data.types.Batch"
+def test_without_perturbench_the_embedded_subset_is_the_backend(no_package):
+    assert locate("data.types.Batch") == f"{EMBEDDED}.data.types.Batch"
 
 
-def test_perturbench_answers_where_it_can_be_imported(package):
-    path = package(NEW)
-    assert ask("print(backend())", path)[0] == "perturbench"
-    said = ask("print(load('modelcore.models.PerturbationModel').__module__)", path)[0]
-    assert said == "perturbench.modelcore.models"
+def test_an_importable_perturbench_is_the_backend(package):
+    package(NEW)
+    assert backend() == "perturbench"
+    assert load(MODEL).__module__ == "perturbench.modelcore.models"
 
 
 @pytest.mark.parametrize(
     ("choice", "expected"), [("embedded", EMBEDDED), ("perturbench", "perturbench"), ("", "perturbench")]
 )
-def test_the_variable_forces_one(package, choice, expected):
-    assert ask("print(backend())", package(NEW), choice)[0] == expected
+def test_the_variable_forces_a_backend(package, no_package, choice, expected):
+    package(NEW)
+    no_package.setenv(VARIABLE, choice)
+    assert backend() == expected
 
 
-def test_a_choice_that_is_none_is_refused():
-    assert "PRIMEFLOW_BENCHMARK is 'both'; set it to 'embedded' or 'perturbench'" in ask("backend()", choice="both")[1]
+def test_the_embedded_subset_can_be_loaded_beside_perturbench(package):
+    package(NEW)
+    assert load_embedded("data.types.Batch").__module__ == f"{EMBEDDED}.data.types"
 
 
-def test_a_forced_perturbench_that_is_not_there_is_named():
-    assert "no package perturbench can be imported; install it" in ask("backend()", choice="perturbench")[1]
+def test_an_unknown_choice_is_an_error(no_package):
+    no_package.setenv(VARIABLE, "both")
+    with pytest.raises(InputError, match="PRIMEFLOW_BENCHMARK: found 'both', expected 'embedded' or 'perturbench'"):
+        backend()
 
 
-def test_a_mere_folder_of_the_name_is_no_package(tmp_path):
+def test_forcing_a_missing_perturbench_is_an_error(no_package):
+    no_package.setenv(VARIABLE, "perturbench")
+    with pytest.raises(InputError, match="the package perturbench cannot be imported; install it"):
+        backend()
+
+
+def test_a_mere_folder_named_perturbench_is_not_a_package(tmp_path, no_package):
     (tmp_path / "perturbench" / "src").mkdir(parents=True)
-    assert ask("print(backend())", tmp_path)[0] == EMBEDDED
+    no_package.syspath_prepend(tmp_path)
+    assert backend() == EMBEDDED
 
 
 def test_a_perturbench_before_the_redesign_is_too_old(package):
-    _, error = ask("load('modelcore.models.PerturbationModel')", package(OLD))
-    assert error.endswith(
+    package(OLD)
+    with pytest.raises(InputError) as caught:
+        load(MODEL)
+    assert str(caught.value) == (
         "the installed PerturBench lacks the arguments n_genes, n_perts, transform, context, evaluation of "
-        "perturbench.modelcore.models.PerturbationModel: install its commit c84038bc or a later one, or set "
+        "perturbench.modelcore.models.PerturbationModel; install its commit c84038bc or a later one, or set "
         "PRIMEFLOW_BENCHMARK=embedded to use the embedded subset"
     )
 
 
 @pytest.mark.parametrize("name", ["modelcore.models.Other", "data.modules.AnnDataLitModule"])
-def test_a_name_that_it_lacks_is_too_old_as_well(package, name):
-    _, error = ask(f"load('{name}')", package(NEW))
-    assert f"the installed PerturBench lacks perturbench.{name}: install its commit c84038bc" in error
+def test_a_perturbench_without_a_name_is_too_old(package, name):
+    package(NEW)
+    with pytest.raises(InputError, match=f"the installed PerturBench lacks perturbench.{name}; install its commit"):
+        load(name)
 
 
-def test_a_library_that_perturbench_misses_is_no_question_of_age(package):
-    path = package("import a_library_that_is_not_there\n" + NEW)
-    _, error = ask("load('modelcore.models.PerturbationModel')", path)
-    assert error == "ModuleNotFoundError: No module named 'a_library_that_is_not_there'"
+def test_a_library_that_perturbench_lacks_is_reported_as_it_is(package):
+    package("import a_library_that_does_not_exist\n" + NEW)
+    with pytest.raises(ModuleNotFoundError, match="'a_library_that_does_not_exist'"):
+        load(MODEL)
 
 
-def test_the_command_answers_in_one_sentence(package, tmp_path, screen_path):
-    environment = os.environ | {"PYTHONPATH": str(package(OLD)), "PRIMEFLOW_BENCHMARK": "perturbench"}
+def test_the_command_reports_an_old_perturbench_without_a_traceback(package, tmp_path, screen_path):
+    environment = os.environ | {"PYTHONPATH": str(package(OLD)), VARIABLE: "perturbench"}
     command = [sys.executable, "-m", "primeflow_perturbench.cli.train", f"data.data.filename={screen_path}"]
     done = subprocess.run(
         [*command, f"hydra.run.dir={tmp_path / 'run'}"], env=environment, capture_output=True, text=True, check=False
