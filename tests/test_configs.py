@@ -1,6 +1,14 @@
-"""Every configuration composes, instantiates and takes a step on the CPU. Found by glob: a new file is tested too."""
+"""Every configuration composes, names objects that exist with parameters that they have, and takes a training step.
 
+Files are found by glob, so that a new one is tested too. The step of files that differ only in the data set or the size
+is marked slow.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import hydra
@@ -9,21 +17,50 @@ import pandas as pd
 import primeflow_perturbench.configs
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.sweeps.launch import values
 
 CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 ROOTS = ["predict", "train"]
-# No configuration of Hydra: `primeflow sweep` reads it.
-ABLATIONS = "ablations"
+# Read by `primeflow sweep`, not by Hydra.
+ABLATIONS = OmegaConf.to_container(OmegaConf.load(CONFIGS / "ablations.yaml"))
+NAMES = [name for name in FILES if name not in (*ROOTS, "ablations") and not name.startswith("hydra/")]
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 BASELINES = ["linear_additive", "latent_additive", "decoder_only"]
-# Those that show that checkpoints are written.
+# Their steps differ from each other in more than the data set or the size.
+QUICK_STEPS = (
+    "callbacks/default",
+    "data/atlas",
+    "data/h5ad",
+    "data/splitter/",
+    "experiment/ablations",
+    "experiment/finetune/",
+    "experiment/leaderboard/norman19",
+    "experiment/primeflow/frangieh21",
+    "experiment/quickstart",
+    "experiment/vcc/2026",
+    "model/",
+)
+# Those that show that checkpoints are written: half of a step's time goes into them.
 WITH_CHECKPOINTS = ("callbacks/", "experiment/devel/", "experiment/primeflow/norman19", "experiment/quickstart")
-# PyTorch shards on GPUs alone; test_distributed.py composes it.
-STEPLESS = (*ROOTS, ABLATIONS, "trainer/fsdp")
-# What keeps a step short; the sizes of the networks stay.
+# Configurations that leave the file of the split open.
+SAVED_SPLITS = (
+    "data/splitter/saved",
+    "experiment/devel/heldout",
+    "experiment/ablations",
+    "experiment/leaderboard/devel",
+)
+# Configurations that make a split from the contexts of other data.
+PREPARED_SPLITS = ("experiment/finetune/devel", "experiment/finetune/pretrain_devel")
+# Configurations that read a manifest instead of a file of cells.
+ATLASES = ("data/atlas", "experiment/atlas/pretrain", "experiment/atlas/small")
+# Configurations that simulate their data.
+SIMULATED = ("experiment/quickstart", "experiment/leaderboard/simulated")
+# What makes a step short; the networks keep their size.
 ONE_STEP = [
     "test=false",
     "data.loader.batch_size=16",
@@ -37,136 +74,178 @@ ONE_STEP = [
 
 
 def test_the_glob_finds_the_files():
-    assert len(FILES) > 40
+    assert len(FILES) > 60
     assert {"train", "model/primeflow", "experiment/primeflow/norman19", "data/splitter/transfer"} <= set(FILES)
 
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory, screen_path) -> Path:
-    """A folder of data where every configuration finds its file: one screen under the names and columns of all."""
+    """A folder where every configuration finds its data: one screen with the names and columns of all data sets."""
     folder = tmp_path_factory.mktemp("data")
-    screen = ad.read_h5ad(screen_path)
+    screen = ad.read_h5ad(screen_path)[::4].copy()
     labels = screen.obs["condition"].astype(str)
     screen.obs["SMILES"] = labels.replace("control", "C[S+](C)[O-]").astype("category")
     screen.obs["treatment"] = pd.Categorical(np.where(np.arange(screen.n_obs) % 2, "drug", "none"))
     screen.obs["target_gene"] = labels.replace("control", "non-targeting").astype("category")
-    third = pd.Series(np.arange(screen.n_obs) % 5, index=screen.obs_names)
-    split = third.map({0: "val", 1: "test"}).fillna("train")
-    parts = sorted({part for label in labels.unique() for part in label.split("+")})
-    pd.DataFrame(np.eye(len(parts)), index=parts).rename(columns=str).to_parquet(folder / "embeddings.parquet")
+    screen.write_h5ad(folder / "screen.h5ad")
+    part = pd.Series(np.arange(screen.n_obs) % 5, index=screen.obs_names)
+    split = part.map({0: "val", 1: "test"}).fillna("train")
+    split.to_csv(folder / "split.csv", header=False)
+    names = sorted({name for label in labels.unique() for name in label.split("+")})
+    pd.DataFrame(np.eye(len(names)), index=names).rename(columns=str).to_parquet(folder / "embeddings.parquet")
     entry = {"path": "screen.h5ad", "dataset": "screen", "modality": "CRISPRi", "perturbation_key": "condition"}
     (folder / "manifest.yaml").write_text(yaml.safe_dump({"covariates": ["cell_type", "method"], "files": [entry]}))
-    names = ["norman19", "sciplex3", "jiang24", "op3", "frangieh21", "mcfaline23_gxe"]
-    for name in names:
-        (folder / f"{name}_processed.h5ad").symlink_to(screen_file(screen, folder))
-        split.to_csv(folder / f"{name}_split.csv", header=False)
+    for name in ["norman19", "sciplex3", "jiang24", "op3", "frangieh21", "mcfaline23_gxe"]:
+        (folder / f"{name}_processed.h5ad").symlink_to(folder / "screen.h5ad")
+        (folder / f"{name}_split.csv").symlink_to(folder / "split.csv")
     (folder / "mcfaline23_gxe_splits").mkdir()
-    split.to_csv(folder / "mcfaline23_gxe_splits" / "full_covariate_split.csv", header=False)
+    (folder / "mcfaline23_gxe_splits" / "full_covariate_split.csv").symlink_to(folder / "split.csv")
     return folder
 
 
-def screen_file(screen: ad.AnnData, folder: Path) -> Path:
-    """The screen, written once."""
-    path = folder / "screen.h5ad"
-    if not path.exists():
-        screen.write_h5ad(path)
-    return path
-
-
-# Configurations that leave the file of the split open.
-SAVED_SPLITS = (
-    "data/splitter/saved",
-    "experiment/devel/heldout",
-    "experiment/ablations",
-    "experiment/leaderboard/devel",
-)
-# Those that make a split of the contexts of other data.
-PREPARED_SPLITS = ("experiment/finetune/devel", "experiment/finetune/pretrain_devel")
-
-
-# Configurations that read a manifest in place of a file of cells.
-ATLASES = ("data/atlas", "experiment/atlas/pretrain", "experiment/atlas/small")
-
-
-def compose(*overrides: str, folder: Path, root: str = "train"):
-    """Composed configuration that writes to a folder."""
+def compose(*overrides: str, folder: Path, root: str = "train") -> DictConfig:
+    """Composed configuration of a run that writes to a folder."""
     with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
         return hydra.compose(root, overrides=[*overrides, f"paths.output_dir={folder}", "run_name=test"])
 
 
-def asking_for(name: str, data_folder: Path) -> list[str]:
-    """Overrides that ask for a configuration file, and give it the data that it leaves open."""
+def selecting(name: str, data: Path) -> list[str]:
+    """Overrides that select a configuration file and give it the data that it leaves open."""
     group, _, option = name.rpartition("/")
-    if name.startswith("experiment/"):
-        given = [f"experiment={name.removeprefix('experiment/')}"]
-    else:
-        given = [f"{group}={option}"]
-    if not name.startswith(("experiment/", "model/")):
-        given.append("model=primeflow_mlp")
+    is_experiment = name.startswith("experiment/")
+    given = [f"experiment={name.removeprefix('experiment/')}" if is_experiment else f"{group}={option}"]
+    if not is_experiment and name.removeprefix("model/") not in MODELS:
+        given.append("model=primeflow_small")
     if name.startswith(("experiment/primeflow/", "experiment/vcc/")) and option != "norman19":
-        # One of these experiments takes its step at full size; the others share its model.
+        # norman19 takes its step at full size; the others share its model.
         given.append("model.network.multipliers=[1]")
     if name in [f"model/{baseline}" for baseline in BASELINES]:
         given.append("data=h5ad_controls")
-    named = name.endswith("_no_controls") or (name.startswith("experiment/primeflow/") and option != "base")
-    given += [f"paths.data_dir={data_folder}"]
+    given.append(f"paths.data_dir={data}")
     if name in ("model/conditions/external", "model/conditions/mixture"):
-        given.append(f"perturbation_embeddings_path={data_folder / 'embeddings.parquet'}")
+        given.append(f"perturbation_embeddings_path={data / 'embeddings.parquet'}")
+    named = name.endswith("_no_controls") or (name.startswith("experiment/primeflow/") and option != "base")
     if name in ATLASES:
-        given.append(f"data.data.filename={data_folder / 'manifest.yaml'}")
-    elif not named and name not in ("experiment/quickstart", "experiment/leaderboard/simulated"):
-        given.append(f"data.data.filename={data_folder / 'screen.h5ad'}")
+        given.append(f"data.data.filename={data / 'manifest.yaml'}")
+    elif not named and name not in SIMULATED:
+        given.append(f"data.data.filename={data / 'screen.h5ad'}")
     if name in PREPARED_SPLITS:
         given += ["prepare.context={cell_type: alpha}"] + ["prepare.test=[G0]"] * name.endswith("finetune/devel")
     if name in SAVED_SPLITS:
-        given.append(f"data.splitter.split_path={data_folder / 'op3_split.csv'}")
+        given.append(f"data.splitter.split_path={data / 'split.csv'}")
     return given
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in STEPLESS and not name.startswith("hydra/")])
-def test_every_configuration_composes_instantiates_and_takes_a_step(name, tmp_path, data_folder):
-    given = [*asking_for(name, data_folder), *ONE_STEP]
+def objects(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every node of a configuration that names a ``_target_``, with its dotted key."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield key, node
+        for name in node:
+            yield from objects(node[name], f"{key}.{name}".strip("."))
+    elif isinstance(node, ListConfig):
+        for i, each in enumerate(node):
+            yield from objects(each, f"{key}.{i}")
+
+
+def unknown_parameters(cfg: DictConfig) -> list[str]:
+    """Parameters in a configuration that the objects which it names do not have."""
+    found = []
+    for key, node in objects(cfg):
+        parameters = inspect.signature(hydra.utils.get_object(node._target_)).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            found += [f"{key}.{name}" for name in node if not name.startswith("_") and name not in parameters]
+    return found
+
+
+def test_an_unknown_parameter_of_an_object_is_found(tmp_path, data_folder):
+    cfg = compose(*selecting("model/primeflow", data_folder), "+model.network.chanels=3", folder=tmp_path)
+    assert unknown_parameters(cfg) == ["model.network.chanels"]
+
+
+def take_step(name: str, folder: Path, data: Path) -> None:
+    """Train a configuration for one step."""
+    given = [*selecting(name, data), *ONE_STEP]
     if not name.startswith(WITH_CHECKPOINTS):
-        # Half of a step's time goes into its checkpoints.
         given += ["~callbacks.model_checkpoint", "++trainer.enable_checkpointing=false"]
-    cfg = compose(*given, folder=tmp_path)
-    assert not OmegaConf.missing_keys(cfg)
+    cfg = compose(*given, folder=folder)
+    check_complete(cfg)
     if cfg.prepare is not None:
         hydra.utils.instantiate(cfg.prepare)
     done = train(cfg)
     assert done["trainer"].global_step == 1
     assert np.isfinite(float(done["metrics"]["train_loss"]))
-    assert (tmp_path / "checkpoints").exists() == ("model_checkpoint" in cfg.callbacks)
+    assert (folder / "checkpoints").exists() == ("model_checkpoint" in cfg.callbacks)
+
+
+def check_complete(cfg: DictConfig) -> None:
+    assert not OmegaConf.missing_keys(cfg)
+    assert unknown_parameters(cfg) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_is_complete_and_some_take_a_step(name, tmp_path, data_folder):
+    if name.startswith(QUICK_STEPS) and name.removeprefix("model/") not in MODELS:
+        take_step(name, tmp_path, data_folder)
+    else:
+        check_complete(compose(*selecting(name, data_folder), folder=tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(QUICK_STEPS)])
+def test_every_other_configuration_takes_a_step(name, tmp_path, data_folder):
+    take_step(name, tmp_path, data_folder)
 
 
 @pytest.mark.parametrize("root", ROOTS)
-def test_a_root_composes_but_for_what_a_user_must_give(root, tmp_path):
+def test_a_root_leaves_open_only_what_a_user_must_give(root, tmp_path):
     cfg = compose(folder=tmp_path, root=root)
     expected = {"train": {"data.data.filename"}, "predict": {"ckpt_path", "prediction_dataframe_path"}}
     assert OmegaConf.missing_keys(cfg) == expected[root]
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
-def test_every_model_is_tested(model, tmp_path, screen_path):
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_takes_a_step_and_is_tested(model, tmp_path, data_folder):
     overrides = [
         f"data={'h5ad_controls' if model in BASELINES else 'h5ad'}",
         f"model={model}",
-        f"data.data.filename={screen_path}",
+        f"data.data.filename={data_folder / 'screen.h5ad'}",
         "data.evaluation.test_data_iter_factory.max_control_cells_per_covariate=2",
         "data.evaluation.evaluation_pipelines=[{aggregation: average, metric: rmse, rank: false}]",
+        "~callbacks.model_checkpoint",
+        "++trainer.enable_checkpointing=false",
         *ONE_STEP,
         "test=true",
     ]
+    if model == "primeflow":
+        # The paper's network takes its step at full size in an experiment.
+        overrides.append("model.network.channels=8")
     if model not in BASELINES:
         overrides += ["model.solver.steps=1", "model.calibration_cells=32"]
     done = train(compose(*overrides, folder=tmp_path))
     assert done["model"].summary_metrics.notna().all().all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_value_of_an_ablation_builds_a_model(ablation, tmp_path, data_folder):
+    params = {key: str(value) for key, value in ABLATIONS[ablation]["params"].items()}
+    assert ABLATIONS[ablation]["question"].endswith("?")
+    parser = OverridesParser.create()
+    axes = [values(parser.parse_override(f"{key}={value}")) for key, value in params.items()]
+    combinations = list(itertools.product(*axes))
+    assert len(combinations) > 1
+    for combination in combinations:
+        given = [f"{key}={value}" for key, value in zip(params, combination, strict=True)]
+        cfg = compose(*selecting("experiment/ablations", data_folder), *given, folder=tmp_path)
+        assert unknown_parameters(cfg) == []
+        hydra.utils.instantiate(cfg.model, _partial_=True)
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/primeflow/")])
 def test_the_recipe_on_the_benchmarks_data_is_the_papers(name, tmp_path, data_folder):
     """One GPU makes the effective batch of the paper's many, and the pipelines print the paper's metrics."""
-    cfg = compose(*asking_for(name, data_folder), folder=tmp_path)
+    cfg = compose(*selecting(name, data_folder), folder=tmp_path)
     assert cfg.data.loader.batch_size * cfg.trainer.accumulate_grad_batches == 768
     assert cfg.model.cells_per_condition == 1000
     assert (cfg.model.solver.method, cfg.model.solver.steps) == ("euler", 100)
@@ -180,6 +259,6 @@ def test_the_recipe_on_the_benchmarks_data_is_the_papers(name, tmp_path, data_fo
         ("logfc", "cosine"),
         ("average", "rmse"),
     }
-    four = compose(*asking_for(name, data_folder), "trainer=ddp", "trainer.devices=4", folder=tmp_path)
+    four = compose(*selecting(name, data_folder), "trainer=ddp", "trainer.devices=4", folder=tmp_path)
     assert four.trainer.strategy == "ddp"
     assert four.trainer.accumulate_grad_batches * 4 * four.data.loader.batch_size == 768
