@@ -15,7 +15,7 @@ import scipy.sparse as sp
 import yaml
 
 from primeflow_perturbench.data.checks import read_h5ad
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, counted, first_line
 from primeflow_perturbench.evaluation.references import SplitCells
 from primeflow_perturbench.files import file_hash
 
@@ -24,6 +24,7 @@ TABLE, SCORES = "table.csv", "per_condition.parquet"
 PREDICTED, SPLIT = "predicted.h5ad", "train_test_split.csv"
 # Group of the runs that belong to no sweep.
 RUNS = "runs"
+FAILED, UNFINISHED = "failed", "unfinished"
 # What environment.json must hold: without it, a run cannot be compared with others.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "label": (),
@@ -93,11 +94,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A run that stands in no table, and one sentence that says why."""
+    """A run that stands in no table, and one sentence that says why.
+
+    ``state`` is `FAILED` for a trial that ended in an error, and `UNFINISHED` for a run without usable results.
+    """
 
     folder: Path
     group: str
     label: str
+    state: str
     reason: str
 
 
@@ -109,17 +114,14 @@ class Collection:
     ----------
     runs
         Finished runs by group, label and seed.
-    failed
-        Trials of sweeps that ended in an error.
-    unfinished
-        Runs without results, or whose files cannot be used.
+    excluded
+        Runs in no table.
     metrics
         Metric keys in the order of the evaluation.
     """
 
     runs: tuple[Run, ...]
-    failed: tuple[Excluded, ...]
-    unfinished: tuple[Excluded, ...]
+    excluded: tuple[Excluded, ...]
     metrics: tuple[str, ...]
 
     @property
@@ -134,7 +136,7 @@ class Collection:
 def collect(paths: Iterable[str | Path]) -> Collection:
     """Read the runs in folders, each of which is a run or contains runs at any depth.
 
-    A run that is not finished or cannot be read is left out and listed under ``unfinished``, with the reason.
+    A run that failed, is not finished or cannot be read is left out and listed under ``excluded``, with the reason.
 
     Raises
     ------
@@ -144,18 +146,19 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     """
     paths = [Path(path) for path in paths]
     runs: dict[tuple[str, str, int], Run] = {}
-    failed, unfinished = [], []
+    excluded = []
     for folder in _find_runs(paths):
         trial: dict[str, Any] = {}
         try:
             if (folder / TRIAL).is_file():
                 trial = _read_json(folder / TRIAL)
-            if trial.get("status") == "failed":
-                failed.append(_exclude(folder, trial, trial.get("error") or "no reason was recorded"))
+            if trial.get("status") == FAILED:
+                reason = str(trial.get("error") or "no reason was recorded")
+                excluded.append(_exclude(folder, trial, FAILED, reason))
                 continue
             run = _read_run(folder, trial)
         except InputError as error:
-            unfinished.append(_exclude(folder, trial, str(error)))
+            excluded.append(_exclude(folder, trial, UNFINISHED, str(error)))
             continue
         if run is None:
             continue
@@ -166,12 +169,12 @@ def collect(paths: Iterable[str | Path]) -> Collection:
                 "different scores; remove one, or repeat it with label=NAME or another seed"
             )
     if not runs:
-        raise InputError(_explain_empty(paths, failed, unfinished))
+        raise InputError(_explain_empty(paths, excluded))
     # Plain runs and leaderboards come before ablations.
     order = sorted(runs, key=lambda key: (key[0] != RUNS, not key[0].startswith("leaderboard"), *key))
     chosen = [runs[key] for key in order]
     check_comparable(chosen)
-    return Collection(tuple(chosen), tuple(failed), tuple(unfinished), tuple(chosen[0].means.index))
+    return Collection(tuple(chosen), tuple(excluded), tuple(chosen[0].means.index))
 
 
 def _find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -188,18 +191,16 @@ def _find_runs(paths: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _explain_empty(paths: Sequence[Path], failed: list[Excluded], unfinished: list[Excluded]) -> str:
+def _explain_empty(paths: Sequence[Path], excluded: Sequence[Excluded]) -> str:
     names = ", ".join(map(str, paths)) or "no folder"
-    if failed or unfinished:
-        return (
-            f"{names}: found no finished run, but {len(unfinished)} unfinished and {len(failed)} failed; the first: "
-            f"{(unfinished or failed)[0].reason}"
-        )
+    if excluded:
+        runs = counted(excluded, "failed or unfinished run")
+        return f"{names}: found no finished run, but {runs}; the first: {excluded[0].reason}"
     return f"{names}: found no run; a run is a folder with {ENVIRONMENT}, {TABLE} and {SCORES}"
 
 
-def _exclude(folder: Path, trial: dict[str, Any], reason: str) -> Excluded:
-    return Excluded(folder, str(trial.get("sweep") or RUNS), str(trial.get("label") or folder.name), reason)
+def _exclude(folder: Path, trial: dict[str, Any], state: str, reason: str) -> Excluded:
+    return Excluded(folder, str(trial.get("sweep") or RUNS), str(trial.get("label") or folder.name), state, reason)
 
 
 def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
@@ -248,7 +249,7 @@ def _read(path: Path, reader: Callable[[Path], Any], kind: str) -> Any:
     try:
         return reader(path)
     except Exception as error:  # the parsers of three formats raise errors of many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{path}: expected {kind}, but it cannot be read ({reason}); repeat the run") from error
 
 

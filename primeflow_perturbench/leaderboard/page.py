@@ -18,30 +18,23 @@ import jinja2
 import pandas as pd
 from rich.console import Console
 
-from primeflow_perturbench.errors import InputError, quoted
+from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.references import REFERENCES
 from primeflow_perturbench.evaluation.table import CEILING, METRICS_NOTE, heading
 from primeflow_perturbench.files import replacing
-from primeflow_perturbench.leaderboard import figures
-from primeflow_perturbench.leaderboard.collect import PREDICTED, RUNS, Collection, Run, RunCells, collect
-from primeflow_perturbench.leaderboard.regimes import MEANING, covariate_groups, regimes
-from primeflow_perturbench.leaderboard.tables import (
-    BOLD_NOTE,
-    MISSING,
-    MODEL,
-    PublishedRow,
-    ResultTable,
-    comparison_table,
-    higher_is_better,
-    per_condition,
-    published_rows,
-    reference_scores,
-    result_table,
-    rich_table,
-    run_scores,
-    write_csv,
-    write_tables,
+from primeflow_perturbench.leaderboard import figures, tables
+from primeflow_perturbench.leaderboard.collect import (
+    FAILED,
+    PREDICTED,
+    RUNS,
+    UNFINISHED,
+    Collection,
+    Run,
+    RunCells,
+    collect,
 )
+from primeflow_perturbench.leaderboard.regimes import MEANING, covariate_groups, regimes
+from primeflow_perturbench.leaderboard.tables import MISSING, MODEL, ResultTable, higher_is_better
 
 PAGE = "report.html"
 # Rows that a long table shows until its button is pressed, and rows from which a table gets a filter.
@@ -51,7 +44,7 @@ LONGEST = 2000
 
 HOW_TO_READ = (
     f"A row is a model or a setting, a column a metric with an arrow towards better. {METRICS_NOTE}",
-    f"{BOLD_NOTE} The standard deviation over seeds follows ±.",
+    f"{tables.BOLD_NOTE} The standard deviation over seeds follows ±.",
     "Reference rows: control cells (nothing happens), perturbed training cells of any perturbation (training mean), "
     "control cells shifted by the effects that training saw (additive), and replicates of the observed cells "
     "(ceiling). A model that does not beat the first three has learned little; none can be expected to beat the last. "
@@ -247,19 +240,20 @@ def make_report(paths: Iterable[str | Path], output: str | Path, options: Report
     """
     output = Path(output)
     collection = collect(paths)
-    for run in collection.unfinished:
-        console.print("[yellow]warning:[/yellow] left out:", end=" ")
-        console.print(run.reason, highlight=False, markup=False, soft_wrap=True)
-    references = reference_scores(collection.runs)
+    for run in collection.excluded:
+        if run.state == UNFINISHED:
+            console.print("[yellow]warning:[/yellow] left out:", end=" ")
+            console.print(run.reason, highlight=False, markup=False, soft_wrap=True)
+    references = tables.reference_scores(collection.runs)
     data = collection.runs[0].record["data"]
-    published = published_rows(options.published, data["file"])
+    published = tables.published_rows(options.published, data["file"])
     check_options(options, collection, references)
     groups = []
     for number, (name, runs) in enumerate(collection.groups.items(), 1):
         stem = figures.slug(name) if len(collection.groups) == 1 else f"{number:02d}-{figures.slug(name)}"
         group = make_group(name, stem, runs, collection.metrics, references, published, options.baseline)
         write_group(group, output / "tables", references)
-        console.print(rich_table(group.table, group.title))
+        console.print(tables.rich_table(group.table, group.title))
         groups.append(group)
     drawings = output / "figures" if options.figures else None
     sections = [
@@ -270,7 +264,7 @@ def make_report(paths: Iterable[str | Path], output: str | Path, options: Report
         *([cells_section(groups, drawings, options, console)] if drawings else []),
         runs_section(collection),
     ]
-    subtitle = f"{len(collection.runs)} runs on {data['file']}: {data['cells']:,} cells, {data['genes']:,} genes"
+    subtitle = f"{counted(collection.runs, 'run')} on {data['file']}: {data['cells']:,} cells, {data['genes']:,} genes"
     write_page(output / PAGE, options.title, subtitle, sections)
     return output / PAGE
 
@@ -298,12 +292,12 @@ def make_group(
     runs: Sequence[Run],
     metrics: Sequence[str],
     references: pd.DataFrame,
-    published: Sequence[PublishedRow],
+    published: Sequence[tables.PublishedRow],
     baseline: str | None,
 ) -> Group:
     """Tables and statistics of a group's runs."""
-    scores, parts = run_scores(runs), regimes(runs[0])
-    table = result_table(scores, references, metrics, published)
+    scores, parts = tables.run_scores(runs), regimes(runs[0])
+    table = tables.result_table(scores, references, metrics, published)
     known = {*scores["label"], *references["label"]}
     return Group(
         name=name,
@@ -311,20 +305,20 @@ def make_group(
         runs=runs,
         scores=scores,
         table=table,
-        comparison=comparison_table(scores, references, baseline if baseline in known else table.best_label),
-        by_covariate=result_table(scores, references, metrics, parts=covariate_groups(runs[0])),
-        by_regime=result_table(scores, references, metrics, parts=parts) if len(parts) else None,
+        comparison=tables.comparison_table(scores, references, baseline if baseline in known else table.best_label),
+        by_covariate=tables.result_table(scores, references, metrics, parts=covariate_groups(runs[0])),
+        by_regime=tables.result_table(scores, references, metrics, parts=parts) if len(parts) else None,
     )
 
 
 def write_group(group: Group, folder: Path, references: pd.DataFrame) -> None:
     """Write the tables of a group as CSV, Markdown and LaTeX, and the long ones as CSV alone."""
-    write_tables(folder / group.stem, group.table)
-    write_tables(folder / f"{group.stem}_by_covariate", group.by_covariate)
+    tables.write_tables(folder / group.stem, group.table)
+    tables.write_tables(folder / f"{group.stem}_by_covariate", group.by_covariate)
     if group.by_regime is not None:
-        write_tables(folder / f"{group.stem}_by_regime", group.by_regime)
-    write_csv(folder / f"{group.stem}_statistics.csv", group.comparison)
-    write_csv(folder / f"{group.stem}_per_condition.csv", per_condition(group.scores, references))
+        tables.write_tables(folder / f"{group.stem}_by_regime", group.by_regime)
+    tables.write_csv(folder / f"{group.stem}_statistics.csv", group.comparison)
+    tables.write_csv(folder / f"{group.stem}_per_condition.csv", tables.per_condition(group.scores, references))
 
 
 def overview_section(collection: Collection, references: pd.DataFrame) -> Section:
@@ -342,11 +336,12 @@ def facts_table(collection: Collection) -> TableBlock:
     splits = {record["split"]["sha256"] for record in records}
     labels = {(run.group, run.label) for run in collection.runs}
     seeds = sorted({run.seed for run in collection.runs})
+    states = [run.state for run in collection.excluded]
     sizes = ", ".join(f"{split[name]:,} {name}" for name in ("train", "val", "test"))
     facts = {
-        "runs": f"{len(records)} finished, {len(collection.failed)} failed, {len(collection.unfinished)} unfinished",
+        "runs": ", ".join([f"{len(records)} finished", *(f"{states.count(x)} {x}" for x in (FAILED, UNFINISHED))]),
         "groups": ", ".join(collection.groups),
-        "models": f"{len(labels)} labels, seeds "
+        "models": f"{counted(labels, 'label')}, seeds "
         + (f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 3 else ", ".join(map(str, seeds))),
         "data": f"{data['file']}, {data['cells']:,} cells, {data['genes']:,} genes, SHA-256 {data['sha256']}",
         "held-out conditions": str(collection.runs[0].scores["cov_pert"].nunique()),
@@ -482,7 +477,7 @@ def cost_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def statistics_section(groups: Sequence[Group]) -> Section:
     """Every row of a group against its baseline."""
-    tables = []
+    blocks = []
     for group in groups:
         found = group.comparison
         if found.empty:
@@ -507,8 +502,8 @@ def statistics_section(groups: Sequence[Group]) -> Section:
             ],
             Column("verdict"): map(Cell, found["verdict"]),
         }
-        tables.append(TableBlock.of(f"{group.title}: against {found['baseline'].iloc[0]}", columns))
-    return Section("statistics", "Statistics", tables, STATISTICS)
+        blocks.append(TableBlock.of(f"{group.title}: against {found['baseline'].iloc[0]}", columns))
+    return Section("statistics", "Statistics", blocks, STATISTICS)
 
 
 def conditions_section(groups: Sequence[Group], references: pd.DataFrame) -> Section:
@@ -519,7 +514,7 @@ def conditions_section(groups: Sequence[Group], references: pd.DataFrame) -> Sec
             blocks.append(result_block(group.by_regime, f"{group.title}: by regime"))
         if group.by_covariate.keys["part"].nunique() > 1:
             blocks.append(result_block(group.by_covariate, f"{group.title}: by covariate group"))
-        table = per_condition(group.scores, references)
+        table = tables.per_condition(group.scores, references)
         if len(table) > LONGEST:
             path = f"tables/{group.stem}_per_condition.csv"
             blocks.append(TextBlock([f"{group.title}: {len(table):,} rows by condition are in {path}."]))
@@ -606,16 +601,9 @@ def runs_section(collection: Collection) -> Section:
         Column("folder"): [Cell(str(run.folder)) for run in runs],
     }
     blocks: list[Block] = [TableBlock.of("Finished runs and their cost", columns)]
-    excluded = [*collection.failed, *collection.unfinished]
-    states = ["failed"] * len(collection.failed) + ["unfinished"] * len(collection.unfinished)
-    if excluded:
-        columns = {
-            Column("model"): [Cell(run.label) for run in excluded],
-            Column("group"): [Cell(run.group) for run in excluded],
-            Column("state"): map(Cell, states),
-            Column("folder"): [Cell(str(run.folder)) for run in excluded],
-            Column("reason"): [Cell(run.reason) for run in excluded],
-        }
+    if excluded := collection.excluded:
+        names = ("label", "group", "state", "folder", "reason")
+        columns = {Column(name): [Cell(str(getattr(run, name))) for run in excluded] for name in names}
         blocks.append(TableBlock.of("Runs in no table", columns))
     else:
         blocks.append(TextBlock(["No run failed and none is unfinished."]))

@@ -30,7 +30,7 @@ def test_runs_are_found_at_any_depth_and_only_once(tmp_path):
     found = collect([tmp_path, first, tmp_path / "a"])
     assert [(run.group, run.label, run.seed) for run in found.runs] == [("runs", "one", 0), ("runs", "one", 1)]
     assert found.metrics == METRICS
-    assert found.failed == found.unfinished == ()
+    assert found.excluded == ()
 
 
 def test_scores_of_the_model_are_separate_from_references(tmp_path):
@@ -74,9 +74,9 @@ def test_failed_and_unfinished_runs_are_listed_with_reasons(tmp_path):
     (failed / "trial.json").write_text(json.dumps(trial("space=pca", status="failed", error="out of memory")))
     found = collect([tmp_path])
     assert [run.folder.name for run in found.runs] == ["good"]
-    (one,) = found.failed
+    (one,) = (run for run in found.excluded if run.state == "failed")
     assert (one.group, one.label, one.reason) == ("ablation/space", "space=pca", "out of memory")
-    reasons = {run.folder.name: run.reason for run in found.unfinished}
+    reasons = {run.folder.name: run.reason for run in found.excluded if run.state == "unfinished"}
     assert "lacks table.csv" in reasons["half"]
     assert "expected parquet" in reasons["broken"]
     assert len(reasons) == 2
@@ -88,7 +88,7 @@ def test_run_that_only_trained_is_ignored(tmp_path):
     (shared / "table.csv").unlink()
     found = collect([tmp_path])
     assert len(found.runs) == 1
-    assert not found.unfinished
+    assert not found.excluded
 
 
 def _spoil_value(run, value):
@@ -143,7 +143,7 @@ def test_unusable_run_is_left_out_and_listed(tmp_path, spoil, file, said):
     spoil(odd)
     found = collect([tmp_path / "good", odd])
     assert [run.folder.name for run in found.runs] == ["good"]
-    (excluded,) = found.unfinished
+    (excluded,) = found.excluded
     assert str(odd / file) in excluded.reason
     assert said in excluded.reason
     assert "\n" not in excluded.reason
@@ -208,5 +208,5 @@ def test_folders_without_finished_runs_raise(tmp_path):
     with pytest.raises(InputError, match="found no run"):
         collect([tmp_path])
     (write_run(tmp_path / "half") / "table.csv").unlink()
-    with pytest.raises(InputError, match="no finished run, but 1 unfinished and 0 failed; .*half lacks table.csv"):
+    with pytest.raises(InputError, match="no finished run, but 1 failed or unfinished run; .*half lacks table.csv"):
         collect([tmp_path])
