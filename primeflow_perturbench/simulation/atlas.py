@@ -20,6 +20,8 @@ from primeflow_perturbench.simulation.settings import ScreenSpec
 CELLS_AT_ONCE = 500
 # Maximum share of the genes that a file lacks.
 MOST_MISSING = 0.3
+# Name of the context that is in no file.
+HELDOUT = "heldout"
 
 
 class Style(NamedTuple):
@@ -56,9 +58,9 @@ class SimulatedAtlas(NamedTuple):
     """h5ad of a context that is in no file of the atlas."""
 
 
-def atlas_spec(n_files: int, n_genes: int, seed: int, heldout_context: str, **settings: Any) -> ScreenSpec:
+def atlas_spec(n_files: int, n_genes: int, seed: int = 0, **settings: Any) -> ScreenSpec:
     """Return the spec of the atlas: one context per file and the held-out one, with nearly the same effects."""
-    contexts = (*(f"context{number}" for number in range(n_files)), heldout_context)
+    contexts = (*(f"context{number}" for number in range(n_files)), HELDOUT)
     shared = {"n_perturbations": 40, "n_pairs": 10, "context_specificity": 0.05}
     return ScreenSpec(seed=seed, n_genes=n_genes, cell_lines=contexts, **{**shared, **settings})
 
@@ -69,7 +71,6 @@ def simulate_atlas(
     cells: int = 300_000,
     n_genes: int = 4_000,
     seed: int = 0,
-    heldout_context: str = "heldout",
     heldout_cells: int | None = None,
     **settings: Any,
 ) -> SimulatedAtlas:
@@ -87,16 +88,15 @@ def simulate_atlas(
         Number of files, of cells in all of them, and of genes of the panel.
     seed
         Random seed of truth, cells, genes and orders.
-    heldout_context
-        Name of the held-out context. Its file has all perturbations and genes, and the columns ``condition``,
-        ``cell_type`` and ``method``. `Screen.from_adata` rebuilds its truth.
     heldout_cells
-        Number of its cells; by default that of an average file, but at most 10,000.
+        Number of cells of the context ``heldout``; by default that of an average file, but at most 10,000. Its file has
+        all perturbations and genes, and the columns ``condition``, ``cell_type`` and ``method``. `Screen.from_adata`
+        rebuilds its truth.
     **settings
         Other settings of `ScreenSpec`.
     """
     folder = Path(folder)
-    screen = Screen(atlas_spec(n_files, n_genes, seed, heldout_context, **settings))
+    screen = Screen(atlas_spec(n_files, n_genes, seed, **settings))
     shares = np.array([1 + number % 3 for number in range(n_files)])
     sizes = np.diff(np.round(np.cumsum([0, *shares]) * cells / shares.sum()).astype(int))
     entries = []
@@ -105,7 +105,7 @@ def simulate_atlas(
         _write_file(screen, number, int(size), style, path)
         entries.append(_entry(path.name, screen.spec.cell_lines[number], style, number))
     heldout = folder / "heldout.h5ad"
-    _write_heldout(screen, heldout_context, heldout_cells or min(cells // n_files, 10_000), heldout)
+    _write_heldout(screen, heldout_cells or min(cells // n_files, 10_000), heldout)
     manifest = folder / "manifest.yaml"
     with replacing(manifest) as temporary:
         description = {"genes": "union", "covariates": ["cell_type", "method"], "files": entries}
@@ -149,10 +149,10 @@ def _write_file(screen: Screen, number: int, size: int, style: Style, path: Path
         adata.write_h5ad(temporary, compression=style.compression)
 
 
-def _write_heldout(screen: Screen, context: str, size: int, path: Path) -> None:
+def _write_heldout(screen: Screen, size: int, path: Path) -> None:
     rng = np.random.default_rng([screen.spec.seed, len(screen.spec.cell_lines)])
-    counts, labels = _draw(screen, context, screen.conditions, size, rng)
-    obs = pd.DataFrame({"condition": labels, "cell_type": context, "method": "CRISPRi"}, dtype="category")
+    counts, labels = _draw(screen, HELDOUT, screen.conditions, size, rng)
+    obs = pd.DataFrame({"condition": labels, "cell_type": HELDOUT, "method": "CRISPRi"}, dtype="category")
     obs.index = [f"cell{i}" for i in range(size)]
     var = pd.DataFrame(index=screen.gene_names)
     adata = anndata.AnnData(log_normalize(counts), obs=obs, var=var, uns={UNS_KEY: screen.spec.to_json()})

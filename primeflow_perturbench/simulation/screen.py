@@ -202,17 +202,14 @@ class Screen:
 
     def _outcomes(self, cell_line: str, perturbation: str) -> list[tuple[tuple[str, ...], float]]:
         """Return which parts can take effect together, with probabilities; first the case that none does."""
-        self._require_line(cell_line)
+        if cell_line not in self._baselines:
+            names = ", ".join(self.spec.cell_lines)
+            raise InputError(f"simulated screen, cell line {cell_line!r}: expected one of {names}.")
         outcomes: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
         for part in self.parts(perturbation):
             takes = self.responder_fraction(cell_line, part)
             outcomes = [both for took, p in outcomes for both in ((took, p * (1 - takes)), ((*took, part), p * takes))]
         return outcomes
-
-    def _require_line(self, cell_line: str) -> None:
-        if cell_line not in self._baselines:
-            names = ", ".join(self.spec.cell_lines)
-            raise InputError(f"simulated screen, cell line {cell_line!r}: expected one of {names}.")
 
     def mean(self, cell_line: str, perturbation: str, responders: bool | None = None) -> np.ndarray:
         """Return expected counts over the expected library size, in closed form, averaged over the batches.

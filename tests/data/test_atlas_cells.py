@@ -433,11 +433,11 @@ def test_two_processes_unpack_a_file_once(folder):
     processes = [context.Process(target=unpack_and_count, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    said = [results.get(timeout=30) for _ in processes]
+    results_of = [results.get(timeout=30) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(n for n, _ in said) == [0, 1]
-    np.testing.assert_allclose([total for _, total in said], values.sum(), rtol=1e-5)
+    assert sorted(n for n, _ in results_of) == [0, 1]
+    np.testing.assert_allclose([total for _, total in results_of], values.sum(), rtol=1e-5)
 
 
 def test_check_continues_after_an_invalid_file(folder):

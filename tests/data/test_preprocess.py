@@ -70,7 +70,7 @@ def run(tmp_path):
     return run
 
 
-def refused(run, adata, **settings):
+def error_of(run, adata, **settings):
     """Return the error message for ``adata``."""
     with pytest.raises(InputError) as caught:
         run(adata, target="new/target.h5ad", **settings)
@@ -239,7 +239,7 @@ def test_file_with_few_genes_keeps_all_of_them(run):
 def test_choosing_no_gene_is_an_error(run):
     adata = counts()
     adata.obs["condition"] = adata.obs["condition"].replace({"G0": "A", "G1": "B", "G0+G1": "A+B"})
-    assert "found no gene to keep with n_top_genes=0" in refused(run, adata, n_top_genes=0, n_de_genes=0)
+    assert "found no gene to keep with n_top_genes=0" in error_of(run, adata, n_top_genes=0, n_de_genes=0)
 
 
 def test_settings_are_recorded_and_other_content_is_kept(run):
@@ -293,19 +293,19 @@ def test_counts_are_read_from_a_layer(run):
     adata.X = logged(adata).X
     done = run(adata, counts_layer="raw")
     assert (done.X != expected.X).nnz == 0
-    said = refused(run, adata)
-    assert re.search(r"source.h5ad, X, cell 'cell0', gene 'G\d+': found \d\.\d+, expected raw counts, whole", said)
-    assert said.endswith("it looks already normalized: give the layer of raw counts with --counts-layer.")
-    assert "layer 'counts': found only the layers 'raw', expected" in refused(run, adata, counts_layer="counts")
+    message = error_of(run, adata)
+    assert re.search(r"source.h5ad, X, cell 'cell0', gene 'G\d+': found \d\.\d+, expected raw counts, whole", message)
+    assert message.endswith("it looks already normalized: give the layer of raw counts with --counts-layer.")
+    assert "layer 'counts': found only the layers 'raw', expected" in error_of(run, adata, counts_layer="counts")
     del adata.layers["raw"]
-    assert "layer 'raw': found no layers at all, expected raw counts" in refused(run, adata, counts_layer="raw")
+    assert "layer 'raw': found no layers at all, expected raw counts" in error_of(run, adata, counts_layer="raw")
     adata.X = None
-    assert "source.h5ad, X: found no matrix, expected raw counts; name the layer" in refused(run, adata)
+    assert "source.h5ad, X: found no matrix, expected raw counts; name the layer" in error_of(run, adata)
 
 
 @pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, np.asarray])
 @pytest.mark.parametrize(
-    ("value", "found", "mend"),
+    ("value", "found", "hint"),
     [
         (0.5, "0.5", "already normalized"),
         (-1, "-1", "already normalized"),
@@ -314,33 +314,33 @@ def test_counts_are_read_from_a_layer(run):
         (3e9, "3e+09", "drop such cells"),
     ],
 )
-def test_values_that_are_not_counts_are_errors(run, tmp_path, layout, value, found, mend, monkeypatch):
+def test_values_that_are_not_counts_are_errors(run, tmp_path, layout, value, found, hint, monkeypatch):
     monkeypatch.setattr(counts_module, "BLOCK_VALUES", 1000)
     adata = counts()
     adata.X[200, 5] = value
     adata.X = layout(adata.X)
-    said = refused(run, adata)
-    assert f"source.h5ad, X, cell 'cell200', gene 'G5': found {found}, expected raw counts, whole numbers" in said
-    assert mend in said
+    message = error_of(run, adata)
+    assert f"source.h5ad, X, cell 'cell200', gene 'G5': found {found}, expected raw counts, whole numbers" in message
+    assert hint in message
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_missing_columns_missing_controls_and_duplicate_names_are_errors(run):
     adata = counts()
-    said = refused(run, adata, perturbation_key="conditoin")
-    assert "obs column 'conditoin': found only the columns 'condition', 'cell_type'" in said
-    assert "obs column 'donor'" in refused(run, adata, covariate_keys=["donor"])
-    said = refused(run, adata, control="ctrl")
-    assert "found no cell labelled 'ctrl' among '" in said
+    message = error_of(run, adata, perturbation_key="conditoin")
+    assert "obs column 'conditoin': found only the columns 'condition', 'cell_type'" in message
+    assert "obs column 'donor'" in error_of(run, adata, covariate_keys=["donor"])
+    message = error_of(run, adata, control="ctrl")
+    assert "found no cell labelled 'ctrl' among '" in message
     for axis, name in (("obs", "cell3"), ("var", "G3")):
         twice = counts()
         names = list(getattr(twice, f"{axis}_names"))
         names[4] = names[3]
         setattr(twice, f"{axis}_names", names)
-        assert f"names: found 1 that occur more than once, '{name}'" in refused(run, twice)
+        assert f"names: found 1 that occur more than once, '{name}'" in error_of(run, twice)
     adata.obs["condition"] = adata.obs["condition"].replace({"G0+G1": "G0+"})
-    assert "found 1 label with an empty part, 'G0+'" in refused(run, adata)
-    assert "found 0 cells and 300 genes" in refused(run, counts()[:0].copy())
+    assert "found 1 label with an empty part, 'G0+'" in error_of(run, adata)
+    assert "found 0 cells and 300 genes" in error_of(run, counts()[:0].copy())
 
 
 @pytest.mark.parametrize("n_controls", [0, 1])
@@ -393,10 +393,10 @@ def test_console_shows_progress_and_warnings(run):
 
 
 def test_settings_out_of_range_are_errors(run, tmp_path):
-    assert "n_top_genes: found -1, expected 0 or more" in refused(run, counts(), n_top_genes=-1)
-    assert "n_de_genes: found -2, expected 0 or more" in refused(run, counts(), n_de_genes=-2)
+    assert "n_top_genes: found -1, expected 0 or more" in error_of(run, counts(), n_top_genes=-1)
+    assert "n_de_genes: found -2, expected 0 or more" in error_of(run, counts(), n_de_genes=-2)
     for target_sum in (0, -1.0, np.nan, np.inf):
-        assert "target_sum: found" in refused(run, counts(), target_sum=target_sum)
+        assert "target_sum: found" in error_of(run, counts(), target_sum=target_sum)
     with pytest.raises(InputError, match="found a folder, expected the name of a file"):
         run(counts(), target=".")
 

@@ -366,7 +366,7 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"n_gene": 3}, "unknown setting 'n_gene'; did you mean 'n_genes'?"),
         ({"zzz": 3}, "unknown setting 'zzz'; the settings are seed"),
@@ -383,8 +383,8 @@ def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
         ({"library_median": 0}, "library_median: found 0.0, expected above 0"),
     ],
 )
-def test_invalid_settings_are_errors(wrong, said):
-    with pytest.raises(InputError, match=said.replace("?", r"\?")):
+def test_invalid_settings_are_errors(wrong, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
         ScreenSpec.from_mapping(wrong)
 
 

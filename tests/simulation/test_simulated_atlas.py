@@ -29,7 +29,7 @@ def atlas(simulated):
 @pytest.fixture(scope="module")
 def truth():
     settings = {k: v for k, v in SETTINGS.items() if k != "cells"}
-    return Screen(atlas_spec(seed=0, heldout_context="heldout", **settings))
+    return Screen(atlas_spec(**settings))
 
 
 def test_files_differ_in_names_sizes_genes_and_storage(simulated, atlas):

@@ -196,9 +196,9 @@ class AtlasDataModule(L.LightningDataModule):
                 raise InputError(
                     f"data.balance.{name} must be from 0 (equal shares) to 1 (as in the files), got {value}"
                 )
-        for name in ("block_size", "fetch_factor"):
-            if getattr(self, name) < 1:
-                raise InputError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in {"block_size": self.block_size, "fetch_factor": self.fetch_factor}.items():
+            if value < 1:
+                raise InputError(f"data.{name} must be at least 1, got {value}")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"data.val_fraction must be above 0 and below 1, got {self.val_fraction}")
 
