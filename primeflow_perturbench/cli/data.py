@@ -1,4 +1,4 @@
-"""``primeflow data``: download the benchmark's data, check a file, preprocess counts, split for finetuning."""
+"""``primeflow data``: download the data of PerturBench, check a file, preprocess counts, split for finetuning."""
 
 import argparse
 import sys
@@ -7,14 +7,14 @@ from rich.console import Console
 
 from primeflow_perturbench.cli.common import answering, make_console
 
-# Statuses of a program whose check failed, and of one ended by SIGINT.
+# Exit statuses: the checked file has errors; the program was interrupted (SIGINT).
 WILL_NOT_TRAIN = 1
 INTERRUPTED = 130
 
 
 def parse() -> argparse.Namespace:
-    """Arguments of the command line."""
-    parser = argparse.ArgumentParser(prog="primeflow data", description="Get data that a model can train on.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="primeflow data", description="Get and check data for training.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_download(commands)
     _add_check(commands)
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the subcommand."""
     chosen = parse()
     console = make_console()
     work = {"download": _download, "check": _check, "preprocess": _preprocess, "split": _split}[chosen.command]
@@ -32,37 +32,37 @@ def main() -> None:
 
 
 def _add_download(commands: argparse._SubParsersAction) -> None:
-    text = "fetch data sets of PerturBench, checked and unpacked; the same command continues an interrupted one"
+    text = "download, verify and unpack data sets of PerturBench; run it again to continue after an interruption"
     parser = commands.add_parser("download", help=text, description=text)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="data sets, or all")
-    parser.add_argument("--list", action="store_true", help="list the data sets and end")
-    parser.add_argument("--folder", help="where they go (default: $PRIMEFLOW_DATA, or data)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="names of data sets, or all")
+    parser.add_argument("--list", action="store_true", help="list the data sets and exit")
+    parser.add_argument("--folder", help="folder for the files (default: $PRIMEFLOW_DATA, or data)")
     parser.add_argument(
         "--revision",
         help="branch, tag or commit of the repository (default: the one in the folder's lock file, or main)",
     )
-    parser.add_argument("--force", action="store_true", help="fetch again what is there")
-    parser.add_argument("--keep", action="store_true", help="keep the compressed files too")
+    parser.add_argument("--force", action="store_true", help="download files again that exist")
+    parser.add_argument("--keep", action="store_true", help="also keep the compressed files")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
-    text = "say column by column whether a model will train on a file; status 1 if it will not"
+    text = "check column by column whether a model can train on a file; exit status 1 if it cannot"
     parser = commands.add_parser("check", help=text, description=text)
     parser.add_argument(
-        "file", help="h5ad of log1p expression, or the manifest of an atlas (.yaml), which itself names the columns"
+        "file", help="h5ad file of log1p expression, or manifest of an atlas (.yaml), which names the columns itself"
     )
     _add_columns(parser)
 
 
 def _add_preprocess(commands: argparse._SubParsersAction) -> None:
-    text = "make of raw counts what a model trains on: log1p of normalised counts of variable genes"
+    text = "prepare raw counts for training: select variable genes, normalize, take log1p"
     parser = commands.add_parser("preprocess", help=text, description=text)
-    parser.add_argument("source", help="h5ad of raw counts")
-    parser.add_argument("target", help="h5ad to write")
+    parser.add_argument("source", help="h5ad file of raw counts")
+    parser.add_argument("target", help="h5ad file to write")
     _add_columns(parser)
-    parser.add_argument("--counts-layer", help="layer of the raw counts (default: X)")
+    parser.add_argument("--counts-layer", help="layer with the raw counts (default: X)")
     parser.add_argument(
-        "--n-top-genes", type=int, default=4000, help="highly variable genes to keep (default: %(default)s)"
+        "--n-top-genes", type=int, default=4000, help="number of highly variable genes to keep (default: %(default)s)"
     )
     parser.add_argument(
         "--n-de-genes",
@@ -71,50 +71,59 @@ def _add_preprocess(commands: argparse._SubParsersAction) -> None:
         help="differentially expressed genes to keep per covariate group and perturbation (default: %(default)s)",
     )
     parser.add_argument(
-        "--target-sum", type=float, default=1e4, help="counts of a cell after normalising (default: %(default)s)"
+        "--target-sum",
+        type=float,
+        default=1e4,
+        help="total counts of a cell after normalization (default: %(default)s)",
     )
 
 
 def _add_split(commands: argparse._SubParsersAction) -> None:
-    text = "write a split for data/splitter=saved: cells for finetuning to a context, or for pretraining without it"
+    text = "write a split file (data/splitter=saved) for finetuning to a context, or for pretraining without it"
     parser = commands.add_parser("split", help=text, description=text)
-    parser.add_argument("file", help="h5ad of cells of several contexts")
-    parser.add_argument("target", help="CSV of cell and split to write, empty for cells in none")
+    parser.add_argument("file", help="h5ad file with cells of several contexts")
+    parser.add_argument("target", help="CSV to write: cell and split, which is empty for unused cells")
     parser.add_argument(
         "--task",
         choices=["narrow", "set_apart"],
         default="narrow",
-        help="narrow: the context, with its test perturbations as measured elsewhere; set_apart: all but the context "
-        "(default: %(default)s)",
+        help="narrow: train on the context, and on the test perturbations as measured in other contexts; set_apart: "
+        "train on everything but the context (default: %(default)s)",
     )
     parser.add_argument(
-        "--context", nargs="+", required=True, metavar="COLUMN=VALUE", help="where perturbations are to be predicted"
+        "--context",
+        nargs="+",
+        required=True,
+        metavar="COLUMN=VALUE",
+        help="context in which perturbations are to be predicted",
     )
     parser.add_argument(
         "--test-perturbations",
         metavar="CSV",
-        help="narrow: labels to predict there: one a line, or a table with the perturbation column",
+        help="narrow: labels to predict in the context: one per line, or a table with the perturbation column",
     )
-    parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
-    parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
-    parser.add_argument(
-        "--delimiter", default="+", help="what joins the parts of a combination, '' for nothing (default: %(default)s)"
-    )
+    _add_labels(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
         default=0.1,
-        help="share of the context's other perturbations to validate on (default: %(default)s)",
+        help="fraction of the context's other perturbations for validation (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
-    parser.add_argument("--covariate-keys", nargs="*", default=[], help="columns of obs (default: none)")
+    _add_labels(parser)
+    parser.add_argument("--covariate-keys", nargs="*", default=[], help="covariate columns of obs (default: none)")
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--perturbation-key", default="condition", help="perturbation column of obs (default: %(default)s)"
+    )
     parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
     parser.add_argument(
-        "--delimiter", default="+", help="what joins the parts of a combination, '' for nothing (default: %(default)s)"
+        "--delimiter", default="+", help="text between the parts of a combination, or '' (default: %(default)s)"
     )
 
 
@@ -129,7 +138,7 @@ def _download(chosen: argparse.Namespace, console: Console) -> None:
             console.print(f"No sizes: {problem}", highlight=False, markup=False, soft_wrap=True)
         return
     if not chosen.names:
-        raise InputError("primeflow data download: found no name, expected data sets or all; --list shows them")
+        raise InputError("primeflow data download: found no names, expected data sets or all; --list shows them")
     try:
         download(
             chosen.names,
@@ -178,8 +187,8 @@ def _check_atlas(manifest: str, console: Console) -> None:
     for sentence in errors:
         console.print("error: ", style=STYLES["error"], end="")
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    said = f"will not train: {len(errors)} error{'s' * (len(errors) > 1)}" if errors else "will train"
-    console.print(f"{manifest} {said}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    outcome = f"will not train: {len(errors)} error{'s' * (len(errors) > 1)}" if errors else "will train"
+    console.print(f"{manifest} {outcome}", style="bold", highlight=False, markup=False, soft_wrap=True)
     if errors:
         sys.exit(WILL_NOT_TRAIN)
 

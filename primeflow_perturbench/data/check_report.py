@@ -1,4 +1,4 @@
-"""What a check of an AnnData found, as a table for people."""
+"""The findings of a check of an AnnData as a table."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from primeflow_perturbench.data.checks import Finding
 from primeflow_perturbench.labels import split_label
 
+# Number of cells, or genes of a column-compressed matrix, in the sample of the expression.
 SAMPLE = 1000
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
@@ -26,16 +27,16 @@ def check_table(
     covariate_keys: Sequence[str] = (),
     perturbation_combination_delimiter: str | None = "+",
 ) -> Table:
-    """Table with a row for the cells, the genes, each column used and the expression matrix.
+    """Table with one row each for the cells, the genes, each column in use and the expression matrix.
 
     Parameters
     ----------
     adata
-        The cells; may be backed, a sample of the matrix is read.
+        The cells, in memory or backed; only a sample of the matrix is read.
     findings
-        What `check_anndata` says of them.
+        Result of `check_anndata`.
     filename, perturbation_key, perturbation_control_value, covariate_keys, perturbation_combination_delimiter
-        As `check_anndata` had them.
+        Same values as for `check_anndata`.
     """
     obs, key, control = adata.obs, perturbation_key, perturbation_control_value
     rows = {
@@ -48,23 +49,21 @@ def check_table(
     table = Table(title=filename, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     for heading in ("what", "found", ""):
         table.add_column(heading)
-    empty = 0 in adata.shape
     for place, (name, found) in rows.items():
-        level = "error" if empty else _level(findings, f"{filename}, {place}")
+        level = "error" if 0 in adata.shape else _worst_level(findings, f"{filename}, {place}")
         table.add_row(Text(name), Text(found), Text(level, STYLES[level]))
     return table
 
 
 def verdict(findings: Sequence[Finding], filename: str) -> str:
-    """One line: whether a model would train on the file."""
+    """One line that says whether a model would train on the file."""
     levels = [finding.level for finding in findings]
     if errors := levels.count("error"):
         return f"{filename} will not train: {errors} error{'s' * (errors > 1)}"
-    warnings = len(levels)
-    return f"{filename} will train" + (f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else "")
+    return f"{filename} will train" + (f", with {len(levels)} warning{'s' * (len(levels) > 1)}" if levels else "")
 
 
-def _level(findings: Sequence[Finding], place: str) -> str:
+def _worst_level(findings: Sequence[Finding], place: str) -> str:
     """The worst level among the findings at a place or within it."""
     levels = {finding.level for finding in findings if f"{finding.where},".startswith(f"{place},")}
     return "error" if "error" in levels else "warning" if levels else "ok"
@@ -74,13 +73,11 @@ def _perturbations(obs: pd.DataFrame, key: str, control: str, delimiter: str | N
     if key not in obs:
         return "no such column"
     counts = obs[key].dropna().astype(str).value_counts()
-    labels = [label for label in counts.index if label != control]
-    named = [split_label(label, delimiter, control) for label in labels]
-    n_combinations = sum(len(parts) > 1 for parts in named)
+    parts = [split_label(label, delimiter, control) for label in counts.index if label != control]
+    n_combinations = sum(len(names) > 1 for names in parts)
     return (
-        f"{len(set().union(*named)):,} perturbations, {len(labels) - n_combinations:,} alone, "
-        f"{n_combinations:,} combinations; "
-        f"{counts.get(control, 0):,} controls"
+        f"{len(set().union(*parts)):,} perturbations, {len(parts) - n_combinations:,} alone, "
+        f"{n_combinations:,} combinations; {counts.get(control, 0):,} controls"
     )
 
 
@@ -102,14 +99,14 @@ def _expression(adata: anndata.AnnData) -> str:
     matrix = adata.X
     if matrix is None or 0 in adata.shape:
         return "none"
-    # Along the axis that the storage reads fast.
-    genes = getattr(matrix, "format", "dense") == "csc"
-    chosen = np.unique(np.linspace(0, adata.shape[genes] - 1, SAMPLE).astype(int))
-    sample = matrix[:, chosen] if genes else matrix[chosen]
+    # Sample along the axis that the storage reads fast.
+    by_gene = getattr(matrix, "format", "dense") == "csc"
+    chosen = np.unique(np.linspace(0, adata.shape[by_gene] - 1, SAMPLE).astype(int))
+    sample = matrix[:, chosen] if by_gene else matrix[chosen]
     values = sample.data if hasattr(sample, "nnz") else np.asarray(sample).ravel()
     zeros = 1 - np.count_nonzero(values) / (sample.shape[0] * sample.shape[1])
-    what = "genes" if genes else "cells"
-    return f"{zeros:.0%} zeros, largest {values.max(initial=0):.4g} in a sample of {len(chosen):,} {what}"
+    axis = "genes" if by_gene else "cells"
+    return f"{zeros:.0%} zeros, largest {values.max(initial=0):.4g} in a sample of {len(chosen):,} {axis}"
 
 
 def _range(counts: pd.Series) -> str:

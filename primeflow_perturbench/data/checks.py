@@ -1,9 +1,8 @@
-"""Check that an AnnData is what a perturbation model expects, and say in one sentence where it is not."""
+"""Checks of an AnnData: names, columns, labels and values. Each problem is reported in one sentence with a hint."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,36 +14,36 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from primeflow_perturbench.errors import InputError, counted, first_line, quoted
+from primeflow_perturbench.errors import InputError, counted, first_line, nearest, quoted
 from primeflow_perturbench.labels import raw_parts
 
 # Values held in memory at once while a matrix is scanned: 32 MB of float64.
 CHUNK_VALUES = 2**22
-# log1p of counts per million stays below 14; counts of a cell soon pass 20, normalised ones 30.
+# log1p of counts per million stays below 14. Counts of a cell soon exceed 20, normalized counts 30.
 LEAST_COUNT_MAXIMUM = 20
 LEAST_UNLOGGED_MAXIMUM = 30
-NORMALISE = "run sc.pp.normalize_total(adata, target_sum=1e4) and sc.pp.log1p(adata) first"
+NORMALIZE = "run sc.pp.normalize_total(adata, target_sum=1e4) and sc.pp.log1p(adata) first"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing about the input that is wrong (error) or odd (warning)."""
+    """A problem in the input, an error or a warning."""
 
     level: Literal["error", "warning"]
     where: str
     """File, then column or gene."""
     found: str
     expected: str
-    mend: str
+    hint: str
 
     @property
     def sentence(self) -> str:
         """The finding as one sentence."""
-        return f"{self.where}: found {self.found}, expected {self.expected}; {self.mend}."
+        return f"{self.where}: found {self.found}, expected {self.expected}; {self.hint}."
 
 
 def require(findings: Iterable[Finding]) -> None:
-    """Raise :class:`InputError` with the first error among ``findings``; warnings pass."""
+    """Raise `InputError` for the first error among ``findings``; ignore warnings."""
     for finding in findings:
         if finding.level == "error":
             raise InputError(finding.sentence)
@@ -66,31 +65,31 @@ def check_anndata(
     Parameters
     ----------
     adata
-        The cells; may be backed, the matrix is read chunk by chunk and never held whole.
+        The cells, in memory or backed; the matrix is read in chunks.
     filename
-        Name of the file for the sentences.
+        Name of the file in messages.
     perturbation_key, perturbation_control_value
-        Column of ``obs`` with each cell's perturbation, and the label of the controls in it.
+        Column of ``obs`` with each cell's perturbation, and its label of control cells.
     covariate_keys
-        Columns of ``obs`` with the covariates. Controls are matched within the categorical ones.
+        Columns of ``obs`` with covariates. Each group of the categorical ones needs control cells.
     perturbation_combination_delimiter
-        What joins the parts of a combination; None when there are no combinations.
+        Text between the perturbations of a combination; ``None`` if no label is a combination.
     expect
-        What the matrix should hold: ``'log1p'`` of normalised counts, or raw ``'counts'``.
+        Expected values: ``'log1p'`` of normalized counts, or raw ``'counts'``.
     layer
         Layer to check instead of ``X``.
 
     Returns
     -------
-    What was found, in the order names, columns, labels, values; empty when all is well.
+    Findings in the order names, columns, labels, values; empty if the data are as expected.
     """
     file, control = str(filename), str(perturbation_control_value)
     if expect not in ("log1p", "counts"):
-        raise ValueError(f"expect: found {expect!r}, expected 'log1p' or 'counts'.")
-    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"expect: found {expect!r}, expected 'log1p' or 'counts'")
+    if 0 in adata.shape:
         found = f"{adata.n_obs} cells and {adata.n_vars} genes"
-        mend = "look at the filter that made the file, it kept nothing"
-        return [Finding("error", file, found, "cells of at least two conditions and two genes", mend)]
+        hint = "check the filter that made the file: it kept nothing"
+        return [Finding("error", file, found, "cells of at least two conditions and two genes", hint)]
     findings = check_names(adata, file)
     findings += check_columns(adata.obs, file, perturbation_key, covariate_keys)
     if perturbation_key in adata.obs and not adata.obs[perturbation_key].isna().all():
@@ -103,134 +102,137 @@ def check_anndata(
 
 
 def check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
-    """Names of cells and genes: unique, and more than one."""
+    """Check that there are several cells and genes with unique names."""
     findings = []
-    for axis, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
+    for axis, names, fix in (
+        ("cell", adata.obs_names, "call adata.obs_names_make_unique()"),
+        ("gene", adata.var_names, "call adata.var_names_make_unique()"),
+    ):
+        where = f"{file}, {axis} names"
         if len(names) == 1:
-            found, mend = f"one {axis}, {names[0]!r}", "one alone teaches nothing, give the whole screen"
-            findings.append(Finding("error", f"{file}, {axis} names", found, f"two {axis}s or more", mend))
-        twice = names[names.duplicated()].unique()
-        if len(twice):
-            make = "obs_names_make_unique" if axis == "cell" else "var_names_make_unique"
-            where, found = f"{file}, {axis} names", f"{len(twice)} that occur more than once, {quoted(twice)}"
-            findings.append(Finding("error", where, found, "unique names", f"call adata.{make}()"))
+            hint = "give all cells and genes of the screen"
+            findings.append(Finding("error", where, f"one {axis}, {names[0]!r}", f"two {axis}s or more", hint))
+        repeated = names[names.duplicated()].unique()
+        if len(repeated):
+            found = f"{len(repeated)} that occur more than once, {quoted(repeated)}"
+            findings.append(Finding("error", where, found, "unique names", fix))
     return findings
 
 
 def check_columns(obs: pd.DataFrame, file: str, perturbation_key: str, covariate_keys: Sequence[str]) -> list[Finding]:
-    """The columns of perturbations and covariates: present, and with a value for each cell."""
+    """Check that the columns of perturbations and covariates exist and have a value in every cell."""
     findings = []
-    roles = {perturbation_key: "perturbation", **dict.fromkeys(covariate_keys, "covariate")}
-    for key, role in roles.items():
+    roles = dict.fromkeys(covariate_keys, ("covariate", "covariate_keys"))
+    roles = {perturbation_key: ("perturbation", "perturbation_key")} | roles
+    for key, (role, setting) in roles.items():
         where = f"{file}, obs column {key!r}"
         if key not in obs:
-            close = difflib.get_close_matches(key, list(obs.columns), n=1)
-            setting = "perturbation_key" if role == "perturbation" else "covariate_keys"
-            mend = f"did you mean {close[0]!r}? Set {setting}" if close else f"set {setting} to one of them"
-            has = f"only the columns {quoted(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
-            findings.append(Finding("error", where, has, f"the {role} of each cell", mend))
+            close = nearest(key, obs.columns)
+            hint = f"did you mean {close!r}? Set {setting}" if close else f"set {setting} to one of them"
+            found = f"only the columns {quoted(obs.columns, 12)}" if len(obs.columns) else "no columns at all"
+            findings.append(Finding("error", where, found, f"the {role} of each cell", hint))
             continue
         missing = obs[key].isna()
         if not pd.api.types.is_numeric_dtype(obs[key]):
             missing |= obs[key].astype(str).str.strip() == ""
         if missing.any():
             found = f"no value in {missing.sum()} of {len(obs)} cells, the first {obs.index[missing][0]!r}"
-            mend = "drop these cells or fill the values in"
-            findings.append(Finding("error", where, found, "a value in every cell", mend))
+            findings.append(Finding("error", where, found, "a value in every cell", "drop these cells or fill them in"))
     return findings
 
 
 def check_controls(
     obs: pd.DataFrame, where: str, key: str, control: str, covariate_keys: Sequence[str]
 ) -> list[Finding]:
-    """Control cells in every covariate group that has perturbed cells, and conditions of a single cell."""
-    # A numeric covariate is continuous and parts no groups.
+    """Check that every covariate group has control cells; warn of conditions with a single cell."""
+    # A numeric covariate is continuous and does not define groups.
     keys = [k for k in covariate_keys if not pd.api.types.is_numeric_dtype(obs[k])]
     obs = obs.loc[obs[[key, *keys]].notna().all(axis=1).to_numpy()]
     labels = obs[key].astype(str).to_numpy()
     counts = pd.Series(labels).value_counts()
     if control not in counts:
-        close = difflib.get_close_matches(control, list(counts.index), n=1)
+        close = nearest(control, counts.index)
         frequent = ", ".join(f"{label!r} ({n} cells)" for label, n in counts.head(5).items())
-        mend = "set perturbation_control_value to the label of the control cells"
-        mend += f", perhaps {close[0]!r}" if close else ""
-        found = f"no cell labelled {control!r} among {frequent}"
-        return [Finding("error", where, found, "control cells", mend)]
+        hint = "set perturbation_control_value to the label of the control cells"
+        hint += f", perhaps {close!r}" if close else ""
+        return [Finding("error", where, f"no cell labelled {control!r} among {frequent}", "control cells", hint)]
     findings = []
     if len(counts) == 1:
-        mend = "give the perturbed cells too, or another perturbation_key"
-        findings.append(Finding("error", where, f"only {control!r}", "perturbed cells besides controls", mend))
+        hint = "give the perturbed cells too, or another perturbation_key"
+        findings.append(Finding("error", where, f"only {control!r}", "perturbed cells besides controls", hint))
     groups = list(zip(*(obs[k].astype(str) for k in keys), strict=True)) if keys else [()] * len(obs)
     conditions = Counter(zip(groups, labels, strict=True))
-    without = sorted(g for g in set(groups) if not conditions[g, control])
+    without = sorted(group for group in set(groups) if not conditions[group, control])
     if without:
-        names = [", ".join(f"{k}={v}" for k, v in zip(keys, group, strict=True)) for group in without]
+        names = [", ".join(f"{k}={value}" for k, value in zip(keys, group, strict=True)) for group in without]
         found = f"no cell labelled {control!r} in {counted(without, 'covariate group')}, {quoted(names)}"
-        mend = "add their control cells, drop these groups or use fewer covariate_keys"
-        findings.append(Finding("error", where, found, "controls in every covariate group", mend))
+        hint = "add their control cells, drop these groups or use fewer covariate_keys"
+        findings.append(Finding("error", where, found, "controls in every covariate group", hint))
     single = sorted(
         " ".join((*group, label)) for (group, label), n in conditions.items() if n == 1 and label != control
     )
     if single:
         found = f"a single cell in {counted(single, 'condition')}, {quoted(single)}"
-        mend = "drop these conditions if their scores matter"
-        findings.append(Finding("warning", where, found, "enough cells to tell a distribution", mend))
+        hint = "drop these conditions if their scores matter"
+        findings.append(Finding("warning", where, found, "enough cells to estimate a distribution", hint))
     return findings
 
 
 def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str | None) -> list[Finding]:
-    """Labels of perturbations that the delimiter or the control would take apart wrongly."""
+    """Check that delimiter and control divide the labels into sensible parts."""
     findings = []
     parts = {label: raw_parts(label, delimiter) for label in labels if label != control and label.strip()}
 
-    def add(level: str, hit: list[str], problem: str, expected: str, mend: str) -> None:
-        if hit:
-            found = f"{counted(hit, 'label')} {problem}, {quoted(hit)}"
-            findings.append(Finding(level, where, found, expected, mend))
+    def add(level: str, wrong: list[str], problem: str, expected: str, hint: str) -> None:
+        if wrong:
+            found = f"{counted(wrong, 'label')} {problem}, {quoted(wrong)}"
+            findings.append(Finding(level, where, found, expected, hint))
 
     padded = [label for label, names in parts.items() if any(name != name.strip() for name in names)]
-    add("error", padded, "with spaces at an end", "names without them", "strip every part of the labels")
-    hollow = [label for label, names in parts.items() if not all(n.strip() for n in names)]
-    mend = f"write the labels without a loose {delimiter!r}, or set perturbation_combination_delimiter"
-    add("error", hollow, "with an empty part", f"a perturbation on both sides of {delimiter!r}", mend)
-    beside = [label for label, names in parts.items() if len(names) > 1 and control in names]
-    mend = f"write 'A' instead of 'A{delimiter}{control}': they are the same condition, but each label is scored alone"
-    add("warning", beside, f"joining the control {control!r} to a perturbation", "perturbations only", mend)
-    effective = {label: {n.strip() for n in names} - {"", control} for label, names in parts.items()}
+    add("error", padded, "with outer spaces", "names without them", "strip every part of the labels")
+    hollow = [label for label, names in parts.items() if not all(name.strip() for name in names)]
+    hint = f"remove the extra {delimiter!r} from the labels, or set perturbation_combination_delimiter"
+    add("error", hollow, "with an empty part", f"a perturbation on both sides of {delimiter!r}", hint)
+    with_control = [label for label, names in parts.items() if len(names) > 1 and control in names]
+    hint = f"write 'A' instead of 'A{delimiter}{control}': they are the same condition, but each label is scored alone"
+    problem = f"combining the control {control!r} with a perturbation"
+    add("warning", with_control, problem, "perturbations only", hint)
+    effective = {label: {name.strip() for name in names} - {"", control} for label, names in parts.items()}
     alone = set().union(*(names for names in effective.values() if len(names) == 1))
     strange = [label for label, names in effective.items() if len(names) > 1 and alone.isdisjoint(names)]
-    mend = f"if {delimiter!r} belongs to the names, set perturbation_combination_delimiter to another or to null"
-    problem = f"with {delimiter!r} inside and no part that is ever seen alone"
-    add("warning", strange, problem, "combinations of perturbations seen alone", mend)
+    hint = f"if {delimiter!r} belongs to the names, set perturbation_combination_delimiter to another text or to null"
+    problem = f"with {delimiter!r} inside and no part that occurs alone"
+    add("warning", strange, problem, "combinations of perturbations that occur alone", hint)
     return findings
 
 
 class _Values(NamedTuple):
-    """What a scan of the whole matrix saw; per gene where a gene is to be named."""
+    """Summary of a scanned matrix."""
 
-    bad: dict[str, np.ndarray]
+    invalid: dict[str, np.ndarray]
+    """Number of invalid values per gene, by kind."""
     maximum: float
     whole: bool
 
 
 def _scan(matrix: object, n_genes: int) -> _Values:
-    """Read an (n_cells, n_genes) matrix chunk by chunk."""
-    bad = {kind: np.zeros(n_genes, dtype=np.int64) for kind in ("NaN", "infinite", "negative")}
+    """Summarize an (n_cells, n_genes) matrix, read in chunks."""
+    invalid = {kind: np.zeros(n_genes, dtype=np.int64) for kind in ("NaN", "infinite", "negative")}
     maximum, whole = 0.0, True
     for values, genes in _chunks(matrix):
         finite = np.isfinite(values)
         tests = {"NaN": np.isnan(values), "infinite": np.isinf(values), "negative": finite & (values < 0)}
         for kind, hit in tests.items():
             if hit.any():
-                bad[kind] += np.bincount(genes[hit], minlength=n_genes)
+                invalid[kind] += np.bincount(genes[hit], minlength=n_genes)
         values = values[finite]
         maximum = max(maximum, float(values.max(initial=0)))
         whole = whole and bool((values == np.rint(values)).all())
-    return _Values(bad, maximum, whole)
+    return _Values(invalid, maximum, whole)
 
 
 def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Stored values and their gene indices, both (n,), along the axis that the storage reads fast."""
+    """Yield stored values and their gene indices, both (n,), along the axis that the storage reads fast."""
     layout = getattr(matrix, "format", "dense")
     n_cells, n_genes = matrix.shape
     if layout == "csc":
@@ -245,8 +247,7 @@ def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if layout == "csr":
             yield chunk.data, chunk.indices
         else:
-            chunk = np.asarray(chunk)
-            yield chunk.ravel(), np.tile(np.arange(n_genes), len(chunk))
+            yield np.asarray(chunk).ravel(), np.tile(np.arange(n_genes), len(chunk))
 
 
 def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | None) -> list[Finding]:
@@ -257,91 +258,89 @@ def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | N
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         return [Finding("error", where, "no matrix", "expression values", "name the layer that holds them")]
-    seen, findings = _scan(matrix, adata.n_vars), []
-    for kind, per_gene in seen.bad.items():
+    scan, findings = _scan(matrix, adata.n_vars), []
+    for kind, per_gene in scan.invalid.items():
         if per_gene.any():
-            hit = np.flatnonzero(per_gene)
-            place = f"{where}, gene {str(adata.var_names[hit[0]])!r}"
-            found = f"{kind} values, {per_gene.sum()} in {counted(hit, 'gene')} of which this is the first"
-            mend = "scaled or batch-corrected values do not fit, go back to the counts"
-            mend = mend if kind == "negative" else "drop these genes or cells, or go back to the counts"
-            findings.append(Finding("error", place, found, "finite values of 0 or more", mend))
-    if seen.maximum == 0 and not findings:
-        mend = "look for the expression in another layer"
-        return [Finding("error", where, "nothing but zeros", "expression values", mend)]
-    top = f"the largest {seen.maximum:.6g}"
+            genes = np.flatnonzero(per_gene)
+            place = f"{where}, gene {str(adata.var_names[genes[0]])!r}"
+            found = f"{kind} values, {per_gene.sum()} in {counted(genes, 'gene')} of which this is the first"
+            hint = (
+                "scaled or batch-corrected values are not supported, use the counts"
+                if kind == "negative"
+                else "drop these genes or cells, or use the counts"
+            )
+            findings.append(Finding("error", place, found, "finite values of 0 or more", hint))
+    if scan.maximum == 0 and not findings:
+        return [Finding("error", where, "nothing but zeros", "expression values", "look for them in another layer")]
+    largest = f"the largest {scan.maximum:.6g}"
     if expect == "counts":
-        if not seen.whole:
-            mend = "name the layer that holds the counts, a logarithm is not undone here"
-            found = f"values that are not whole numbers, {top}"
-            findings.append(Finding("error", where, found, "raw counts", mend))
+        if not scan.whole:
+            hint = "name the layer that holds the counts; a logarithm is not undone here"
+            findings.append(
+                Finding("error", where, f"values that are not whole numbers, {largest}", "raw counts", hint)
+            )
         return findings
-    expected = "log1p of counts normalised to one total"
-    if seen.whole:
-        # A small test matrix may well hold whole numbers; an integer type or a high one can only be counts.
-        integers = np.issubdtype(matrix.dtype, np.integer) and seen.maximum > 1
-        level = "error" if integers or seen.maximum > LEAST_COUNT_MAXIMUM else "warning"
-        found = f"whole numbers only, {top}, which look like raw counts"
-        findings.append(Finding(level, where, found, expected, NORMALISE))
-    elif seen.maximum > LEAST_UNLOGGED_MAXIMUM:
-        found = f"values as large as {seen.maximum:.6g}, which look normalised but not logged"
+    expected = "log1p of normalized counts"
+    if scan.whole:
+        # A small test matrix may hold whole numbers by chance; an integer type or a large maximum means counts.
+        integers = np.issubdtype(matrix.dtype, np.integer) and scan.maximum > 1
+        level = "error" if integers or scan.maximum > LEAST_COUNT_MAXIMUM else "warning"
+        found = f"whole numbers only, {largest}, which look like raw counts"
+        findings.append(Finding(level, where, found, expected, NORMALIZE))
+    elif scan.maximum > LEAST_UNLOGGED_MAXIMUM:
+        found = f"values as large as {scan.maximum:.6g}, which look normalized but not logged"
         findings.append(Finding("error", where, found, expected, "run sc.pp.log1p(adata) first"))
     return findings
 
 
 def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.AnnData:
-    """Read an h5ad file, with one sentence for whatever is wrong with it.
+    """Read an h5ad file; ``backed`` leaves the matrix in the file.
 
-    Parameters
-    ----------
-    path
-        The file.
-    backed
-        Leave the matrix in the file, opened for reading.
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged or not an AnnData.
     """
     path = Path(path)
     require_h5ad(path)
     try:
         return anndata.read_h5ad(path, backed="r" if backed else None)
-    except Exception as error:  # whatever the reader stumbles over, the person needs one sentence
-        raise _no_h5ad(path, f"content that cannot be read ({first_line(error)})", "write it again") from error
+    except Exception as error:  # anndata raises errors of many types for a damaged file
+        raise _not_h5ad(path, f"content that cannot be read ({first_line(error)})", "write it again") from error
 
 
 def require_h5ad(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`InputError` unless ``path`` is an HDF5 file that is whole and has ``obs`` and ``var``."""
+    """Raise `InputError` unless ``path`` is a complete HDF5 file with ``obs`` and ``var``."""
     path = Path(path)
-
-    def refuse(found: str, mend: str) -> InputError:
-        return _no_h5ad(path, found, mend)
-
     if not path.exists():
-        beside = sorted(p.name for p in path.parent.glob("*.h5ad")) if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "check the path"
-        raise refuse("no such file" if path.parent.is_dir() else f"no folder {str(path.parent)!r}", hint)
+        close = nearest(path.name, (other.name for other in path.parent.glob("*.h5ad")))
+        hint = f"did you mean {close!r}?" if close else "check the path"
+        found = "no such file" if path.parent.is_dir() else f"no folder {str(path.parent)!r}"
+        raise _not_h5ad(path, found, hint)
     if path.is_dir():
-        beside = sorted(p.name for p in path.glob("*.h5ad"))
-        raise refuse("a folder", f"name a file in it: {quoted(beside)}" if beside else "name a file")
+        inside = sorted(other.name for other in path.glob("*.h5ad"))
+        raise _not_h5ad(path, "a folder", f"name a file in it: {quoted(inside)}" if inside else "name a file")
     try:
         with path.open("rb") as file:
             head = file.read(2)
     except OSError as error:
-        raise refuse(f"a file that cannot be opened ({error.strerror})", "check its permissions") from error
+        raise _not_h5ad(path, f"a file that cannot be opened ({error.strerror})", "check its permissions") from error
     if head == b"\x1f\x8b":
-        raise refuse("a gzipped file", "unpack it with gunzip")
+        raise _not_h5ad(path, "a gzipped file", "unpack it with gunzip")
+    again = "download or write it again"
     if not h5py.is_hdf5(path):
-        raise refuse("an empty file" if not head else "a file that is not HDF5", "fetch or write it again")
+        raise _not_h5ad(path, "a file that is not HDF5" if head else "an empty file", again)
     try:
         with h5py.File(path, "r") as file:
             keys = list(file)
     except OSError as error:
-        cut = "truncated" in str(error)
-        found = "a truncated file" if cut else f"a damaged HDF5 file ({first_line(error)})"
-        raise refuse(found, "fetch or write it again, it is not whole") from error
+        truncated = "truncated" in str(error)
+        found = "a truncated file" if truncated else f"a damaged HDF5 file ({first_line(error)})"
+        raise _not_h5ad(path, found, again) from error
     if not {"obs", "var"} <= set(keys):
-        held = f"an HDF5 file with {quoted(keys)}" if keys else "an empty HDF5 file"
-        raise refuse(f"{held} but without 'obs' and 'var'", "write it with adata.write_h5ad")
+        found = f"an HDF5 file with {quoted(keys)}" if keys else "an empty HDF5 file"
+        raise _not_h5ad(path, f"{found} but without 'obs' and 'var'", "write it with adata.write_h5ad")
 
 
-def _no_h5ad(path: Path, found: str, mend: str) -> InputError:
-    return InputError(Finding("error", str(path), found, "an AnnData file (.h5ad)", mend).sentence)
+def _not_h5ad(path: Path, found: str, hint: str) -> InputError:
+    return InputError(Finding("error", str(path), found, "an AnnData file (.h5ad)", hint).sentence)
