@@ -350,6 +350,9 @@ def report(multiruns: Sequence[Multirun], output: Path, command: str, console: C
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     if failed:
         console.print("The same command runs them again.")
+    for best in (folder / "optimization_results.yaml" for folder in folders):
+        if best.is_file():
+            console.print(f"The best settings of the search are in {best}.", highlight=False, soft_wrap=True)
     if scores:
         shown = shlex.join(["primeflow", "leaderboard", *map(str, folders)])
         console.print(shown, highlight=False, markup=False, soft_wrap=True)

@@ -107,10 +107,9 @@ def label_of(swept: Mapping[str, Any]) -> str:
     """Name of a trial, such as ``primeflow_fast, guidance=2``."""
     parts = []
     for key, value in swept.items():
-        if isinstance(value, dict):
-            parts += [f"{name}={each}" for name, each in value.items()]
-        else:
-            parts.append(str(value) if key == "model" else f"{re.split('[./]', key)[-1]}={value}")
+        settings = value if isinstance(value, dict) else {re.split("[./]", key)[-1]: value}
+        shown = {name: f"{each:.6g}" if isinstance(each, float) else str(each) for name, each in settings.items()}
+        parts += [value] if key == "model" else [f"{name}={text}" for name, text in shown.items()]
     return ", ".join(parts)
 
 

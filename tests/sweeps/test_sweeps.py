@@ -114,6 +114,7 @@ def test_wrong_overrides_are_reported_before_a_trial_runs(overrides, message):
 def test_the_label_of_a_trial_shows_what_was_swept():
     swept = {"model": "primeflow_fast", "model.guidance": 2, "model/network": "mlp"}
     assert label_of(swept) == "primeflow_fast, guidance=2, network=mlp"
+    assert label_of({"model.lr": 0.00010762751359}) == "lr=0.000107628"
     assert label_of({"model.solver": {"method": "euler", "steps": 20}}) == "method=euler, steps=20"
 
 
