@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import TCPStore
 
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
@@ -272,25 +272,6 @@ def test_without_a_launcher_the_configurations_are_those_of_one_machine(name, tm
     trainer, _ = trainer_of(f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=2", folder=tmp_path)
     assert isinstance(trainer.strategy, DDPStrategy)
     assert (trainer.num_nodes, trainer.num_devices) == (1, 2)
-
-
-def test_fsdp_reaches_lightning_with_whole_checkpoints_and_no_averages(monkeypatch, tmp_path):
-    """On GPUs that Lightning is told of: PyTorch shards on no CPU."""
-    from lightning.fabric.accelerators import cuda
-    from lightning.pytorch.accelerators import CUDAAccelerator
-    from lightning.pytorch.accelerators import cuda as of_pytorch
-
-    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
-    for module in (cuda, of_pytorch):
-        monkeypatch.setattr(module, "num_cuda_devices", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    trainer, cfg = trainer_of("trainer=fsdp", "+trainer.num_nodes=2", folder=tmp_path)
-    assert type(trainer.strategy) is FSDPStrategy
-    assert trainer.strategy._state_dict_type == "full"
-    assert (trainer.num_nodes, trainer.num_devices) == (2, 2)
-    assert trainer.gradient_clip_val is None
-    assert cfg.callbacks.ema is None
-    assert cfg.callbacks.model_checkpoint.save_last
 
 
 @pytest.fixture
