@@ -3,7 +3,7 @@
   const root = document.documentElement;
   const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
 
-  /* What cells sort by: a number, a text, or null for nothing, which goes last in both directions. */
+  /* Sort key of a cell: a number, a text, or null, which sorts last in both directions. */
   const key = (row, column) => {
     const cell = row.cells[column];
     if (cell.dataset.value === "") return null;
@@ -87,7 +87,7 @@
 
   document.querySelectorAll(".table").forEach(setUpTable);
 
-  /* Figures, enlarged in the dialog; the arrow keys go from one to the next. */
+  /* A figure opens enlarged in the dialog; the arrow keys move to its neighbors. */
   const dialog = document.querySelector("dialog");
   const figures = [...document.querySelectorAll("main figure")];
   let shown = 0;
@@ -129,7 +129,7 @@
     if (event.key === "ArrowRight") place(shown + 1);
   });
 
-  /* Light or dark: the reader's system decides until the button is pressed. */
+  /* The theme follows the system until the reader presses the button. */
   const toggle = document.querySelector(".theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const remembered = () => {
@@ -150,13 +150,13 @@
     try {
       localStorage.setItem("theme", root.dataset.theme);
     } catch {
-      /* A browser that keeps nothing for files asks again next time. */
+      /* Some browsers store nothing for local files. */
     }
   });
   system.addEventListener("change", mark);
   mark();
 
-  /* The contents mark the section being read. */
+  /* The contents highlight the section being read. */
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash, link]));
   const reading = new IntersectionObserver(
     (entries) => {
