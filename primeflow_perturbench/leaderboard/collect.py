@@ -25,13 +25,11 @@ PREDICTED, SPLIT = "predicted.h5ad", "train_test_split.csv"
 # Group of the runs that belong to no sweep.
 RUNS = "runs"
 FAILED, UNFINISHED = "failed", "unfinished"
-# What environment.json must hold: without it, a run cannot be compared with others.
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "label": (),
-    "seed": (),
-    "data": ("file", "sha256", "cells", "genes"),
-    "split": ("sha256", "heldout", "train", "val", "test"),
-    "metrics": ("version", "pipelines"),
+# What environment.json must hold beside label and seed: without it, a run cannot be compared with others.
+REQUIRED: dict[str, dict[str, type]] = {
+    "data": {"file": str, "sha256": str, "cells": int, "genes": int},
+    "split": {"sha256": str, "heldout": str, "train": int, "val": int, "test": int},
+    "metrics": {"version": int, "pipelines": str},
 }
 
 
@@ -212,15 +210,16 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}: the run is not finished; the same command continues it")
     record = _read_json(folder / ENVIRONMENT)
+    seed = trial.get("seed") if trial.get("seed") is not None else record.get("seed")
+    found: dict[str, tuple[Any, type]] = {"seed": (seed, int)}
     for key, parts in REQUIRED.items():
-        missing = [
-            f"{key}.{part}" for part in parts if not isinstance(record.get(key), dict) or part not in record[key]
-        ]
-        if record.get(key) is None or missing:
-            raise InputError(f"{folder / ENVIRONMENT} lacks {missing[0] if missing else key}: test the run again")
-    seed = record["seed"] if trial.get("seed") is None else trial["seed"]
-    if not isinstance(seed, int):
-        raise InputError(f"{folder}: found {seed!r} as the seed, expected a whole number; test the run again")
+        found |= {f"{key}.{part}": (_part(record, key).get(part), kind) for part, kind in parts.items()}
+    for key, (value, kind) in found.items():
+        if not isinstance(value, kind):
+            expected = "a whole number" if kind is int else "text"
+            raise InputError(
+                f"{folder / ENVIRONMENT}: found {value!r} as {key}, expected {expected}; test the run again"
+            )
     covariates = settings["data"]["data_iter_factory"].get("covariate_keys") or ()
     scores = _read_scores(folder / SCORES, covariates)
     names = [name for name in scores["model"].unique() if name not in (settings.get("references") or ())]
@@ -232,7 +231,7 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
     return Run(
         folder=folder,
         group=str(trial.get("sweep") or RUNS),
-        label=str(trial.get("label") or record["label"]),
+        label=str(trial.get("label") or record.get("label") or folder.name),
         seed=seed,
         record=record,
         trial=trial,
@@ -240,6 +239,11 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
         scores=scores[own].drop(columns="model").reset_index(drop=True),
         references=scores[~own].reset_index(drop=True),
     )
+
+
+def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _read(path: Path, reader: Callable[[Path], Any], kind: str) -> Any:

@@ -455,7 +455,7 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per run: label of its model, seed, guidance ``w``, network evaluations per cell and means of metrics."""
     rows = [
         {
-            "label": str(run.record["label"]),
+            "label": str(run.record.get("label") or run.label),
             "seed": run.seed,
             "w": _mapping(_mapping(run.settings, "model"), "sampler").get("guidance"),
             "evaluations": run.record.get("evaluations"),
@@ -463,7 +463,9 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
         }
         for run in runs
     ]
-    return pd.DataFrame(rows).astype({"w": float, "evaluations": float})
+    table = pd.DataFrame(rows)
+    numbers = {key: pd.to_numeric(table[key], errors="coerce").astype(float) for key in ("w", "evaluations")}
+    return table.assign(**numbers)
 
 
 def cost_table(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
