@@ -81,7 +81,7 @@ def test_column_or_constant_overrides_the_modality(tmp_path, own):
         ({"path": None}, "files[0], path: found None, expected text; give the path of the file."),
         ({"dataset": " "}, "files[0], dataset: found ' ', expected text"),
         ({"x": "raw"}, "files[0], x: found 'raw', expected 'log1p' or 'counts'"),
-        ({"duplicate_genes": "sum"}, "duplicate_genes: found 'sum', expected 'refuse' or 'first'"),
+        ({"duplicate_genes": "sum"}, "duplicate_genes: found 'sum', expected 'error' or 'first'"),
         ({"control": False}, "control: found False, expected the label of the control cells, or a list; put words"),
         ({"control": []}, "control: found [], expected the label"),
         ({"delimiter": ""}, "delimiter: found '', expected text; write null if no label is a combination"),

@@ -130,7 +130,7 @@ def read_gene_names(file: h5py.File, entry: AtlasFile) -> list[str]:
     Raises
     ------
     InputError
-        If the column or a name is missing, or two columns share a name and ``entry.duplicate_genes`` is ``refuse``.
+        If the column or a name is missing, or two columns share a name and ``entry.duplicate_genes`` is ``error``.
     """
     if entry.gene_key is None:
         where, names = f"{entry.path}, var_names", read_index(file["var"])
@@ -142,7 +142,7 @@ def read_gene_names(file: h5py.File, entry: AtlasFile) -> list[str]:
     if all(matches):
         names = pd.Index([match[1] + (match[2] or "") for match in matches])
     twice = names[names.duplicated()].unique()
-    if len(twice) and entry.duplicate_genes == "refuse":
+    if len(twice) and entry.duplicate_genes == "error":
         found = f"more than one column for {counted(twice, 'gene')}, {quoted(twice)}"
         hint = "make them unique, or write duplicate_genes: first to read the first column of each"
         raise invalid(where, found, "one column per gene", hint)

@@ -18,7 +18,7 @@ from primeflow_perturbench.errors import InputError, first_line, nearest, quoted
 DATASET, CONDITION, METHOD = "dataset", "condition", "method"
 # In the labels of an atlas: name of control cells, and text between the parts of a combination.
 CONTROL, DELIMITER = "control", "+"
-CHOICES = {"x": ("log1p", "counts"), "duplicate_genes": ("refuse", "first")}
+CHOICES = {"x": ("log1p", "counts"), "duplicate_genes": ("error", "first")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AtlasFile:
     """Column of var with the names of the genes; None for var_names."""
     x: Literal["log1p", "counts"] = "log1p"
     """Values of X. Counts are normalized to 10,000 per cell and logged as they are read."""
-    duplicate_genes: Literal["refuse", "first"] = "refuse"
+    duplicate_genes: Literal["error", "first"] = "error"
     """Whether two columns of X with one gene name are an error, or the first of them is read."""
 
 

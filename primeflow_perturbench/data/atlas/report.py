@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +39,7 @@ def check_atlas(path: str | Path, cache_dir: str | Path | None = None) -> tuple[
         table.add_column(heading, justify="right")
     table.add_column("")
 
-    def add_row(name: str, obs, genes) -> None:
+    def add_row(name: str, obs: pd.DataFrame, genes: list[str]) -> None:
         labels = obs[CONDITION]
         numbers = (len(obs), len(genes), len(labels.cat.categories), (labels == CONTROL).sum())
         table.add_row(Text(name), *(f"{number:,}" for number in numbers), Text("ok", STYLES["ok"]))
