@@ -58,7 +58,6 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
     ("pretrained", "training"),
     ("training", "finetuning"),
 }
-DRAWER: set[str] = set()
 
 
 def modules() -> dict[str, Path]:

@@ -291,7 +291,8 @@ def launch(arguments: Sequence[str], folder: Path, command: str) -> int:
     """
     begun = attempts(folder, command)
     # In a session of its own, so that its workers end with it and a Ctrl-C reaches them once, from `stop`.
-    child = subprocess.Popen([sys.executable, *APPLICATION, "--multirun", *arguments], start_new_session=True)
+    program = [sys.executable, "-W", "ignore", *APPLICATION]
+    child = subprocess.Popen([*program, "--multirun", *arguments], start_new_session=True)
     try:
         status = child.wait()
     except BaseException:
