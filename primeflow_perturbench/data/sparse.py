@@ -22,6 +22,8 @@ def append_rows(parent: h5py.Group, name: str, rows: sp.csr_matrix, **storage: o
     """
     if name in parent:
         sparse_dataset(parent[name]).append(rows)
-    else:
-        # Row pointers outgrow 32 bits in a file of a million cells; column indices never do.
-        write_elem(parent, name, rows, dataset_kwargs={"indptr_dtype": np.dtype(np.int64), **storage})
+        return
+    first = sp.csr_matrix(rows)  # shares its arrays with rows
+    # Row pointers outgrow 32 bits in a file of a million cells; column indices never do.
+    first.indptr = first.indptr.astype(np.int64)
+    write_elem(parent, name, first, dataset_kwargs=storage)

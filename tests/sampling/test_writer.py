@@ -78,6 +78,7 @@ def test_file_has_the_layout_of_anndata(tmp_path):
             for attribute in ("encoding-type", "encoding-version"):
                 assert ours[name].attrs[attribute] == theirs[name].attrs[attribute]
         assert list(ours["X"].attrs["shape"]) == [10, 4]
+        assert ours["X/indptr"].dtype == np.int64
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     np.testing.assert_array_equal(backed.X[4:7].toarray(), adata.X[4:7].toarray())
 
