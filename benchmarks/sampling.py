@@ -3,8 +3,8 @@
     python benchmarks/sampling.py --device cuda
 
 `primeflow` takes 100 Euler steps with guidance 2; `primeflow_fast` takes 10 and 5 midpoint steps with guidance 1 and
-2, compiled only with guidance 1. On a GPU whole cells are generated to CPU memory, noise and copies included. On a
-CPU, where the paper's recipe takes minutes per cell, a few steps are timed and the rest is extrapolated:
+2, compiled only with guidance 1. On a GPU whole cells are generated, from noise on the CPU to cells in its memory. On
+a CPU, where the paper's recipe takes minutes per cell, a few steps are timed and the rest is extrapolated:
 ``evaluations_timed`` in ``benchmarks/results/sampling.json`` is the number of timed network evaluations, and
 ``evaluations`` the number that a cell needs. Peak memory includes the parameters of the network. Needs torch and
 numpy.
@@ -13,7 +13,6 @@ numpy.
 from __future__ import annotations
 
 import json
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from recipes import (
     build,
     fill_in,
     run_jobs,
-    synchronize,
     timed,
     velocity_of,
 )
@@ -49,71 +47,37 @@ def measure(job: dict[str, Any], device: str, cells: int, seconds: float) -> lis
     peak = PeakMemory(device)
     network = build(job["recipe"], job["genes"]).to(device).eval()
     velocity = velocity_of(network, job["compiled"])
-    measured = generate if device == "cuda" else extrapolate
     runs = []
     with torch.no_grad(), autocast(device):
         for method, steps in SAMPLERS[job["recipe"]]["solvers"]:
             solver = ODESolver(method, steps)
-            run = measured(velocity, job, solver, device, cells, seconds)
+            run = time_solver(velocity, job, solver, device, cells, seconds)
             settings = {"method": method, "steps": steps, "evaluations": solver.evaluations}
             runs.append(settings | run | {"peak_gib": peak.gib(), "bf16": torch.is_autocast_enabled(device)})
     return runs
 
 
-def generate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
-    """Generate cells to CPU memory for at least this many seconds, after a warm-up of one step."""
-    import torch
-
-    from primeflow_perturbench.flow.solver import ODESolver
-    from primeflow_perturbench.sampling.batch_size import TILE, BatchSize
-    from primeflow_perturbench.sampling.sampler import CellGenerator
-
-    condition, null = torch.eye(CONDITION_WIDTH, device=device)[:1], torch.zeros(CONDITION_WIDTH, device=device)
-    size = BatchSize(cells)
-
-    def blocks(solver, n: int):
-        settings = {"guidance": job["guidance"], "batch_size": size}
-        return CellGenerator(velocity, job["genes"], null, solver, **settings).stream(condition, [n])
-
-    whole = size.tiles * TILE
-    for _ in blocks(ODESolver(solver.method, 1), 2 * whole):
-        pass
-    synchronize(device)
-    done, start = 0, time.perf_counter()
-    for _, first, block in blocks(solver, 10**9):
-        done = first + len(block)
-        if done % whole == 0 and time.perf_counter() - start >= seconds:
-            break
-    took = time.perf_counter() - start
-    synchronize(device)
-    return {
-        "cells": done,
-        "evaluations_timed": solver.evaluations * done // whole,
-        "seconds": round(took, 2),
-        "cells_per_second": done / took,
-    }
-
-
-def extrapolate(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
-    """Time single steps for at least this many seconds, after a warm-up of one, and multiply."""
+def time_solver(velocity, job: dict[str, Any], solver, device: str, cells: int, seconds: float) -> dict[str, Any]:
+    """Time whole integrations on a GPU and single steps on a CPU for at least this many seconds, after a warm-up."""
     import torch
 
     from primeflow_perturbench.flow.guidance import guide
 
     condition = torch.eye(CONDITION_WIDTH, device=device)[:1].expand(cells, -1)
     guided = guide(velocity, torch.zeros(CONDITION_WIDTH, device=device), job["guidance"])
-    x_0 = torch.randn(cells, job["genes"], device=device)
+    steps = solver.steps if device == "cuda" else 1
 
-    def step() -> None:
-        solver.integrate(lambda x, t: guided(x, t, condition), x_0, 0.0, 1 / solver.steps)
+    def generate() -> None:
+        x_0 = torch.randn(cells, job["genes"]).to(device)
+        solver.integrate(lambda x, t: guided(x, t, condition), x_0, 0.0, steps / solver.steps).cpu()
 
-    step()
-    times, took = timed(step, seconds, device)
+    generate()
+    times, took = timed(generate, seconds, device)
     return {
         "cells": cells,
-        "evaluations_timed": times * solver.evaluations // solver.steps,
+        "evaluations_timed": times * steps * solver.evaluations // solver.steps,
         "seconds": round(took, 2),
-        "cells_per_second": cells * times / (took * solver.steps),
+        "cells_per_second": cells * times * steps / (took * solver.steps),
     }
 
 
