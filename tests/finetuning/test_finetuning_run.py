@@ -212,5 +212,5 @@ def test_groups_that_are_none_are_refused(given, sentence):
 
 
 def test_finetuning_needs_a_checkpoint(cells, tmp_path):
-    with pytest.raises(DataError, match="finetune=true begins with a trained model and needs ckpt_path"):
+    with pytest.raises(DataError, match="finetune=true starts from a trained model: give ckpt_path=PATH"):
         run(tmp_path, cells["context"], "+finetune=true")

@@ -1,5 +1,5 @@
-"""Errors of the embedded benchmark."""
+"""The error of the embedded subset."""
 
 
 class DataError(ValueError):
-    """Bad input data or settings, said in one sentence for the person at the keyboard."""
+    """Invalid data or settings; the message is one sentence for the user."""

@@ -1,4 +1,4 @@
-"""The table of cells behind every data set: checked columns, split labels, chosen genes."""
+"""The table of cells that every data set reads: checked columns, split labels, selected genes."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Parts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Keys:
-    """Which columns of ``obs`` say what a cell is.
+    """The columns of ``obs`` that describe a cell.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Keys:
     covariates
         Columns of covariates.
     delimiter
-        What joins the perturbations of a combination; ``None`` when no label is a combination.
+        Text between the perturbations of a combination; ``None`` if no label is a combination.
     control
         Label of unperturbed cells.
     embedding
@@ -44,7 +44,7 @@ class Keys:
 
 
 def split_label(label: str, keys: Keys) -> Parts:
-    """Perturbations in a label, none for control cells; a part that is the control's name is left out."""
+    """Perturbations in a label, in its order and without the control's name; none for control cells."""
     if label == keys.control:
         return ()
     parts = label.split(keys.delimiter) if keys.delimiter else [label]
@@ -52,7 +52,7 @@ def split_label(label: str, keys: Keys) -> Parts:
 
 
 def require_columns(obs: pd.DataFrame, columns: Sequence[str], what: str = "obs") -> None:
-    """Raise `DataError` that names the columns that ``obs`` lacks and those that it has."""
+    """Raise `DataError` if ``obs`` lacks a column."""
     missing = [column for column in columns if column not in obs]
     if missing:
         raise DataError(
@@ -61,32 +61,32 @@ def require_columns(obs: pd.DataFrame, columns: Sequence[str], what: str = "obs"
 
 
 class CellTable:
-    """Cells of an AnnData with their labels parsed once.
+    """Cells of an AnnData; each label is parsed once.
 
     Parameters
     ----------
     adata
         Cells, in memory or backed.
     keys
-        The columns that say what a cell is.
+        The columns that describe a cell.
     features
-        Names of the genes to keep, in that order; ``None`` keeps all in file order.
+        Genes to keep, in this order; ``None`` keeps all genes in file order.
     perturbation_embeddings
-        Table with a row a perturbation; cells whose parts lack a row are dropped with a warning.
+        Table with one row per perturbation; cells with a perturbation that has no row are dropped with a warning.
 
     Attributes
     ----------
     rows
-        Positions of the kept cells in ``adata``, or in what it is a view of; shape (n,).
+        Positions of the kept cells in ``adata``, or in its parent if it is a view; shape (n,).
     labels, parts
-        Perturbation label and its parts, of the kept cells.
+        Perturbation label of each kept cell, and the perturbations in it.
     covariates
         Values by covariate name, of the kept cells.
 
     Raises
     ------
     DataError
-        If a column, a gene or the embedding is missing, or no cell is left.
+        If a column, a gene or the embedding is missing, or if no cell remains.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CellTable:
             raise DataError("no cell is left in this part of the data")
         self._viewed, self.rows = adata, rows
         if adata.is_view:
-            # Each access to a view's X copies all its cells: take from what it views.
+            # Every access to a view's X copies all of its cells, so read from the parent.
             self._viewed = adata._adata_ref
             self.rows = np.arange(self._viewed.n_obs)[adata._oidx][rows]
             columns = np.arange(self._viewed.n_vars)[adata._vidx]
@@ -155,11 +155,11 @@ class CellTable:
         return len(self.rows)
 
     def expression(self, cells: Sequence[int] | np.ndarray):
-        """Expression of kept cells by position, (B, G), as the file holds it (sparse or dense)."""
+        """Expression of the kept cells at these positions, (B, G), sparse or dense as in the file."""
         return self._take(self._viewed.X, cells)
 
     def embedding(self, cells: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """Embedding of kept cells by position, (B, E), or ``None``."""
+        """Embedding of the kept cells at these positions, (B, E), or ``None``."""
         if self.keys.embedding is None:
             return None
         return np.asarray(self._viewed.obsm[self.keys.embedding][self.rows[np.asarray(cells)]])
@@ -167,7 +167,7 @@ class CellTable:
     def _take(self, matrix, cells):
         rows = self.rows[np.asarray(cells, dtype=np.int64)]
         if self.adata.isbacked:
-            # HDF5 wants increasing, unrepeated rows.
+            # HDF5 requires increasing rows without repetition.
             unique, inverse = np.unique(rows, return_inverse=True)
             taken = matrix[unique][inverse]
         else:
@@ -175,7 +175,7 @@ class CellTable:
         return taken if self._columns is None else taken[:, self._columns]
 
     def groups(self) -> dict[tuple, np.ndarray]:
-        """Positions of the kept cells of each group of categorical covariates, by the tuple of values."""
+        """Positions of the kept cells by covariate group: the tuple of its categorical values."""
         names = self.categorical
         keys = list(zip(*(self.covariates[name] for name in names), strict=True)) if names else [()] * len(self)
         groups: dict[tuple, list[int]] = {}
@@ -195,14 +195,14 @@ class CellTable:
 
 
 def covariate_values(column: pd.Series) -> np.ndarray:
-    """Values of a covariate column: floats of a numeric one, text of any other."""
+    """Values of a covariate column: float32 if it is numeric, else text."""
     if isinstance(column.dtype, pd.CategoricalDtype) or is_bool_dtype(column) or not is_numeric_dtype(column):
         return column.astype(str).to_numpy(dtype=object)
     return column.to_numpy(dtype=np.float32)
 
 
 def is_continuous(values: np.ndarray) -> bool:
-    """Whether covariate values are numbers rather than categories."""
+    """Whether covariate values are numbers, not categories."""
     return values.dtype.kind == "f"
 
 
@@ -215,18 +215,18 @@ def read_features(path: str | Path) -> list[str]:
         If the file is missing or empty.
     """
     if not Path(path).is_file():
-        raise DataError(f"there is no gene list {path}")
+        raise DataError(f"gene list {path}: no such file")
     try:
         names = [name for name in pd.read_csv(path, header=None, dtype=str, keep_default_na=False)[0] if name]
     except pd.errors.EmptyDataError:
         names = []
     if not names:
-        raise DataError(f"the gene list {path} names no gene")
+        raise DataError(f"gene list {path}: found no gene name; give one per line")
     return names
 
 
 def read_perturbation_embeddings(path: str | Path) -> pd.DataFrame:
-    """Table of perturbation embeddings, a row a perturbation, from parquet.
+    """Read perturbation embeddings from a parquet file, one row per perturbation.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Joining batches."""
+"""Collation of batches."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 def noop_collate(items: Sequence[T] | T) -> T:
-    """Take the one item of a list as it is: data sets here already return whole batches."""
+    """Return the only item of a list unchanged, because the data sets return whole batches."""
     if isinstance(items, list):
         (items,) = items
     return items

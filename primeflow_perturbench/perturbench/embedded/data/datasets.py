@@ -1,4 +1,4 @@
-"""Data sets of measured cells and of conditions to predict; an item is a whole batch."""
+"""Data sets of measured cells and of conditions to predict. An item is a whole batch."""
 
 import random
 from collections import Counter
@@ -28,24 +28,24 @@ Transform = Callable[[Batch], Batch]
 
 
 class Columns(TypedDict, total=False):
-    """Keywords that every data set takes beside the perturbation column, to say what a cell is.
+    """Keyword arguments of every data set besides the perturbation column.
 
     Attributes
     ----------
     covariate_keys
-        Columns of ``obs`` with covariates; none by default.
+        Columns of ``obs`` with covariates (default: none).
     perturbation_combination_delimiter
-        What joins the perturbations of a combination; "+" by default, ``None`` if no label is one.
+        Text between the perturbations of a combination (default: "+"); ``None`` if no label is a combination.
     perturbation_control_value
-        Label of unperturbed cells, "control" by default.
+        Label of unperturbed cells (default: "control").
     embedding_key
         Key of ``obsm`` with cell embeddings.
     feature_filter_path
         Headerless CSV of gene names to keep.
     perturbation_embeddings_path
-        Parquet file with a row a perturbation.
+        Parquet file with one row per perturbation.
     features
-        Genes in the order wanted; overrides ``feature_filter_path``.
+        Genes to keep, in this order; overrides ``feature_filter_path``.
     """
 
     covariate_keys: Sequence[str] | None
@@ -67,7 +67,7 @@ def keys_of(
     perturbation_embeddings_path: str | Path | None = None,
     features: Sequence[str] | None = None,
 ) -> Keys:
-    """Those of `Columns` that name columns and labels, with their defaults."""
+    """The `Keys` among these `Columns`, with their defaults."""
     return Keys(
         perturbation=perturbation_key,
         covariates=tuple(covariate_keys or ()),
@@ -78,10 +78,10 @@ def keys_of(
 
 
 def training_context(cells: CellTable, perturbation_embeddings: pd.DataFrame | None = None) -> dict[str, Any]:
-    """What a model must know of the cells that it is trained on: vocabularies in the order of the tensors' columns.
+    """Describe the training cells for a model: vocabularies in the order of the tensors' columns.
 
-    Perturbations come in order of first appearance in the sorted labels, control left out; categories
-    of a covariate in order of first appearance in file order, ``None`` for a numeric covariate.
+    Perturbations are ordered by first appearance in the sorted labels, without the control. The categories of a
+    covariate are ordered by first appearance in the file; ``None`` stands for a numeric covariate.
     """
     keys = cells.keys
     labels = sorted({label for label, parts in zip(cells.labels, cells.parts, strict=True) if parts})
@@ -105,7 +105,7 @@ def training_context(cells: CellTable, perturbation_embeddings: pd.DataFrame | N
 
 
 class _CellDataset(Dataset):
-    """Cells with their keys, the vocabulary of their labels, and the transform of their batches."""
+    """A table of cells, and the transform of its batches."""
 
     def __init__(self, cells: CellTable, perturbation_embeddings: pd.DataFrame | None = None):
         self.cells = cells
@@ -122,7 +122,7 @@ class _CellDataset(Dataset):
         features: Sequence[str] | None = None,
         **columns: Any,
     ) -> tuple[CellTable, pd.DataFrame | None]:
-        """The cells that `Columns` describe, and the perturbation embeddings where a file is named."""
+        """The cells that the `Columns` describe, and the perturbation embeddings if a file is given."""
         keys = keys_of(**columns)
         if features is None and feature_filter_path is not None:
             wanted = set(read_features(feature_filter_path))
@@ -158,7 +158,7 @@ class _CellDataset(Dataset):
 
 
 class SingleCellPerturbation(_CellDataset):
-    """Measured cells without matched controls; indexed by a list of cells, an item is their batch."""
+    """Measured cells without matched controls. Indexing with a list of positions returns their batch."""
 
     @classmethod
     def from_anndata(
@@ -172,7 +172,7 @@ class SingleCellPerturbation(_CellDataset):
         Parameters
         ----------
         adata
-            Cells, log1p-normalised unless the model reads counts; in memory or backed.
+            Cells of log1p expression, or of counts if the model reads them; in memory or backed.
         perturbation_key
             Column of ``obs`` with perturbation labels.
         **columns
@@ -207,9 +207,9 @@ class SingleCellPerturbation(_CellDataset):
 
 
 class SingleCellPerturbationWithControls(SingleCellPerturbation):
-    """Measured perturbed cells, each with the mean of some controls of its own covariates.
+    """Measured perturbed cells, each with the mean of some control cells of its covariate group.
 
-    A cell's controls depend on the seed and its position alone, not on the order of reading.
+    The controls of a cell depend only on the seed and its position, not on the order of reading.
     """
 
     num_control_samples: int = 1
@@ -225,14 +225,14 @@ class SingleCellPerturbationWithControls(SingleCellPerturbation):
         seed: int | None = 0,
         **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
-        """Data set and training context; as for `SingleCellPerturbation`, with two more parameters.
+        """Data set and training context, as for `SingleCellPerturbation`, with two more parameters.
 
         Parameters
         ----------
         num_control_samples
-            Control cells averaged for each cell, drawn with replacement.
+            Number of control cells averaged for each cell, drawn with replacement.
         seed
-            Seed of that draw.
+            Random seed of that draw.
 
         Raises
         ------
@@ -253,7 +253,7 @@ class SingleCellPerturbationWithControls(SingleCellPerturbation):
         for number, (group, cells) in enumerate(table.groups().items()):
             controls = cells[control[cells]]
             if not len(controls) and not control[cells].all():
-                raise DataError(f"covariate group {describe(group)} has no control cells in this split")
+                raise DataError(f"covariate group {describe(group)}: found no control cells in this split")
             self._group_of[cells] = number
             self._controls.append(controls)
 
@@ -277,23 +277,23 @@ class SingleCellPerturbationWithControls(SingleCellPerturbation):
 
 
 def _mean_of(matrix, k: int) -> np.ndarray:
-    """Means of each k consecutive rows of a matrix (n k, G): (n, G)."""
+    """Means (n, G) of every k consecutive rows of a matrix (n k, G)."""
     dense = matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
     return dense.reshape(-1, k, dense.shape[1]).mean(axis=1)
 
 
 def describe(group: tuple) -> str:
-    """A covariate group in words."""
+    """Name of a covariate group in messages."""
     return ", ".join(map(str, group)) if group else "(all cells)"
 
 
 class Counterfactual(_CellDataset):
-    """Conditions to predict, each on the control cells of its covariates; an item is one or more conditions.
+    """Conditions to predict, each on the control cells of its covariate group. An item is one or more conditions.
 
     Attributes
     ----------
     conditions
-        Table of conditions, a row each: the covariates and the perturbation column.
+        One row per condition: the covariates and the perturbation column.
     """
 
     def __init__(
@@ -330,16 +330,16 @@ class Counterfactual(_CellDataset):
         Parameters
         ----------
         prediction_dataframe
-            A row a condition, with the covariate columns and the perturbation column.
+            One row per condition, with the covariate columns and the perturbation column.
         max_control_cells_per_covariate
-            Most control cells of a covariate group; every condition of the group gets the same.
+            Maximum number of control cells of a covariate group. All conditions of the group get the same cells.
         seed
-            Seed of their draw.
+            Random seed of their draw.
 
         Raises
         ------
         DataError
-            If a column or the control cells of a condition are missing, or no condition is given.
+            If a column or the control cells of a condition are missing, or if the table has no row.
         """
         cells, embeddings = cls._table(adata, perturbation_key=perturbation_key, **columns)
         wanted = [*cells.keys.covariates, cells.keys.perturbation]
@@ -350,15 +350,15 @@ class Counterfactual(_CellDataset):
         dataset = cls(cells, embeddings, conditions, seed, max_control_cells_per_covariate)
         return dataset, dataset.get_context()
 
-    def _draw_controls(self, seed: int | None, most: int) -> dict[tuple, np.ndarray]:
-        """Control cells by covariate group: one stream of Python's generator, groups in sorted order."""
+    def _draw_controls(self, seed: int | None, limit: int) -> dict[tuple, np.ndarray]:
+        """Control cells by covariate group, drawn from one stream of Python's generator in sorted group order."""
         control = self.cells.is_control
         draw = random.Random(seed)
         chosen = {}
         for group, cells in sorted(self.cells.groups().items()):
             controls = cells[control[cells]]
             if len(controls):
-                chosen[group] = np.array(draw.sample(controls.tolist(), min(most, len(controls))))
+                chosen[group] = np.array(draw.sample(controls.tolist(), min(limit, len(controls))))
         return chosen
 
     def _groups(self) -> list[tuple]:
@@ -371,7 +371,7 @@ class Counterfactual(_CellDataset):
         return len(self.conditions)
 
     def __getitem__(self, conditions: int | Sequence[int]) -> tuple[Batch, pd.DataFrame]:
-        """Batch and ``obs`` of the conditions at these positions, one after another."""
+        """Batch and ``obs`` of the conditions at these positions, one condition after the other."""
         table, keys = self.cells, self.cells.keys
         conditions = np.atleast_1d(np.asarray(conditions))
         groups = self._groups()
@@ -394,13 +394,13 @@ class Counterfactual(_CellDataset):
             gene_names=table.gene_names,
             embeddings=table.embedding(cells),
         )
-        # Models that shift controls read them from `controls`; to a counterfactual they are the cells.
+        # Models that shift control cells read `controls`, which are the cells of a counterfactual.
         batch = batch._replace(controls=batch.gene_expression, control_embeddings=batch.embeddings)
         return self._transformed(batch), obs
 
 
 class CounterfactualWithReference(Counterfactual):
-    """The conditions of measured cells, to be predicted and compared with those cells.
+    """The conditions of measured cells, to predict and compare with these cells.
 
     Attributes
     ----------
@@ -423,19 +423,19 @@ class CounterfactualWithReference(Counterfactual):
         split_key: str = "split",
         **columns: Unpack[Columns],
     ) -> tuple[Self, dict[str, Any]]:
-        """Data set of the conditions that one split measured.
+        """Data set of the conditions of one split.
 
         Parameters
         ----------
         split
-            Value of ``obs[split_key]`` to take; ``None`` takes all cells.
+            Value of ``obs[split_key]`` to use; ``None`` uses all cells.
         use_synthetic_controls
-            Whether the controls are conditions to predict, too.
+            Whether control cells are predicted as well.
 
         Raises
         ------
         DataError
-            If the split holds no perturbed cell, or as for `Counterfactual`.
+            If the split has no perturbed cell, or as for `Counterfactual`.
         """
         if split is not None:
             require_columns(adata.obs, [split_key])
@@ -463,7 +463,7 @@ class CounterfactualWithReference(Counterfactual):
 def known_conditions(
     obs: pd.DataFrame, keys: Keys, known: Mapping[str, int] | Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """Which cells have only known perturbations, (n,) booleans, and the unknown labels, sorted."""
+    """Whether each cell has only known perturbations, booleans (n,); and the sorted labels of the others."""
     known = set(known)
     labels = obs[keys.perturbation].astype(str)
     fits = {label: known.issuperset(split_label(label, keys)) for label in labels.unique()}

@@ -1,21 +1,21 @@
-"""Which cells train a model and which ones test it: the benchmark's three splitting tasks, and saved splits.
+"""Splits into training, validation and test cells: PerturBench's three tasks, and saved splits.
 
-A *group* is one combination of covariate values (one cell line, say), a *pair* one perturbation in one group.
-Every task holds out pairs, never single cells, so that a held-out pair has no cell in train:
+A *group* is one combination of covariate values (for example one cell line); a *pair* is one perturbation in one
+group. Every task holds out whole pairs, so that a held-out pair has no cell in train:
 
 `transfer`
-    A perturbation is held out in some of the groups it was measured in and seen in the others.
+    A perturbation is held out in some of its groups and seen in the others.
 `combine`
-    Combinations of perturbations are held out in a group; single perturbations are all seen.
+    Combinations are held out in a group; all single perturbations are seen.
 `combine_inverse`
-    Single perturbations are held out in a group, no two parts of one combination; combinations are all seen.
+    Single perturbations are held out in a group, but never two parts of one combination; all combinations are seen.
 
-The held-out pairs are parted into val and test within each group, half and half. A group with a single
-held-out pair cannot be parted: the cells of that pair are in no split. Control cells, of all groups together,
-are shuffled and shared out on their own.
+Half of the held-out pairs of each group go to val, half to test. A group with a single held-out pair cannot be
+divided: the cells of that pair are in no split. The control cells of all groups together are shuffled and divided
+separately.
 
-With one covariate key the splits are PerturBench's, cell for cell. With several, the order of the groups when
-pairs are parted depends on PYTHONHASHSEED there; here it is sorted, so that equal seeds give equal splits.
+With one covariate key the splits equal PerturBench's cell for cell. With several keys, PerturBench divides the pairs in
+an order that depends on PYTHONHASHSEED; here the order is sorted, so that equal seeds give equal splits.
 """
 
 import random
@@ -36,35 +36,35 @@ SPLITS = ("train", "val", "test")
 TASKS = ("transfer", "combine", "combine_inverse")
 
 Pair = tuple[str, int]
-"""A perturbation and the number of its group, see `PairTable`."""
+"""A perturbation and the number of its group in `PairTable`."""
 
 
 @dataclass(frozen=True)
 class SplitTask:
-    """What to hold out, and how much of it; the keys of a `data.splitter` config.
+    """What to hold out and how much: the keys of a ``data.splitter`` config.
 
     Parameters
     ----------
     task
         One of `TASKS`.
     covariate_keys
-        Columns whose values make a group; without any, all cells are one group.
+        Columns that define the groups; without any, all cells form one group.
     min_train_covariates
-        `transfer`: a perturbation stays in train in at least this many groups.
+        `transfer`: minimum number of groups in which a perturbation stays in train.
     max_heldout_covariates
-        `transfer`: a perturbation is held out in at most this many groups.
+        `transfer`: maximum number of groups in which a perturbation is held out.
     max_heldout_fraction_per_covariate
-        At most this fraction of a group's labels is held out in it.
+        Maximum fraction of the labels of a group that is held out.
     max_heldout_perturbations_per_covariate
-        At most this many labels are held out in a group.
+        Maximum number of labels of a group that are held out.
     train_control_fraction
-        Fraction of the control cells that goes to train; val and test get half of the rest each.
+        Fraction of the control cells in train; val and test each get half of the others.
     downsample_fraction
-        Fraction of all cells that is kept, drawn once the split is made: the held-out pairs stay the same.
+        Fraction of all cells to keep. Cells are dropped after splitting, so that the held-out pairs stay the same.
     splitter_seed
-        Seed of every draw.
+        Random seed of every draw.
     save, output_path
-        Accepted for PerturBench's sake and without effect here: the data module saves the split.
+        Accepted for compatibility and without effect here: the data module saves the split.
     """
 
     task: str
@@ -81,7 +81,7 @@ class SplitTask:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a config, refusing keys that do not exist."""
+        """Read a config; `DataError` for unknown or missing keys."""
         names = [field.name for field in fields(cls)]
         values = {key: value for key, value in config.items() if key != "split_path"}
         if unknown := sorted(set(values) - set(names)):
@@ -110,22 +110,22 @@ class SplitTask:
                 raise DataError(f"{name} is {getattr(self, name)}: set it to 0 or more")
 
     def quota(self, n_labels: int) -> float:
-        """Labels that may be held out in a group of `n_labels`, before rounding."""
+        """Number of labels that may be held out in a group of ``n_labels``, before rounding."""
         return min(self.max_heldout_fraction_per_covariate * n_labels, self.max_heldout_perturbations_per_covariate)
 
 
 @dataclass(frozen=True)
 class PairTable:
-    """The pairs of perturbation and group in the data, in order of first appearance.
+    """All pairs of perturbation and group in the data, in order of first appearance.
 
     Parameters
     ----------
     pairs
-        Each pair once; groups are numbered in order of first appearance.
+        The distinct pairs; groups are numbered in order of first appearance.
     groups
         Covariate values of each group.
     pair_of_cell
-        Position of each cell's pair in `pairs`, shape (cells,).
+        Position in `pairs` of each cell's pair, shape (cells,).
     control
         Label of the control cells.
     """
@@ -137,7 +137,7 @@ class PairTable:
 
     @classmethod
     def from_obs(cls, obs: pd.DataFrame, perturbation_key: str, covariate_keys: Iterable[str], control: str) -> Self:
-        """Find the pairs of a table of cells."""
+        """Collect the pairs of a table of cells."""
         covariate_keys = list(covariate_keys)
         _check_column(obs, "perturbation", perturbation_key)
         for key in covariate_keys:
@@ -158,7 +158,7 @@ class PairTable:
 
     @cached_property
     def labels_of_group(self) -> dict[int, list[str]]:
-        """Labels of each group, control included, in order of first appearance."""
+        """Labels of each group, including the control, in order of first appearance."""
         labels: dict[int, list[str]] = {}
         for label, group in self.pairs:
             labels.setdefault(group, []).append(label)
@@ -166,7 +166,7 @@ class PairTable:
 
     @cached_property
     def groups_of_label(self) -> dict[str, list[int]]:
-        """Groups of each label, control included, in order of first appearance."""
+        """Groups of each label, including the control, in order of first appearance."""
         groups: dict[str, list[int]] = {}
         for label, group in self.pairs:
             groups.setdefault(label, []).append(group)
@@ -174,17 +174,17 @@ class PairTable:
 
     @property
     def is_control(self) -> np.ndarray:
-        """Which cells are control cells, shape (cells,)."""
+        """Whether each cell is a control cell, shape (cells,)."""
         return np.array([label == self.control for label, _ in self.pairs], dtype=bool)[self.pair_of_cell]
 
     def group_text(self, group: int) -> str:
-        """Name of a group; pairs are parted in the order of these texts."""
-        # PerturBench sorts groups by the text of a frozenset: for one key, braces and repr sort as that does.
+        """Name of a group; pairs are divided in the order of these names."""
+        # PerturBench sorts groups by the text of a frozenset. For one key, this text sorts in the same way.
         return "{" + ", ".join(map(repr, self.groups[group])) + "}"
 
 
 def _check_column(obs: pd.DataFrame, kind: str, key: str) -> None:
-    """Refuse a column of obs that is not there or has gaps."""
+    """Raise `DataError` if a column of obs is missing or incomplete."""
     if key not in obs.columns:
         raise DataError(f"obs has no {kind} column {key!r}: name one of its columns {list(map(str, obs.columns))}")
     if n_missing := int(obs[key].isna().sum()):
@@ -192,12 +192,12 @@ def _check_column(obs: pd.DataFrame, kind: str, key: str) -> None:
 
 
 def transfer_pairs(table: PairTable, task: SplitTask) -> list[Pair]:
-    """Hold perturbations out in some of their groups.
+    """Draw the held-out pairs of task `transfer`.
 
-    Perturbations of more than `min_train_covariates` groups take their turn, those of the most groups first,
-    then by name, each with a seed of its own. A perturbation is held out in 1 to k of its groups with quota
-    left. With f of its groups used up and u not, k is the smaller of `max_heldout_covariates` - f and
-    u - `min_train_covariates`, but 1 at the least; where u is 0 the perturbation stays in train.
+    Perturbations of more than ``min_train_covariates`` groups are visited by decreasing number of groups, then by
+    name, each with its own seed. A perturbation is held out in 1 to k of its groups whose quota is not exhausted. With
+    f exhausted and u other groups, ``k = max(1, min(max_heldout_covariates - f, u - min_train_covariates))``. If u is 0
+    the perturbation stays in train.
     """
     labels = [
         label
@@ -218,16 +218,16 @@ def transfer_pairs(table: PairTable, task: SplitTask) -> list[Pair]:
         if not free_groups:
             continue
         n_full = len(groups) - len(free_groups)
-        most = max(1, min(task.max_heldout_covariates - n_full, len(free_groups) - task.min_train_covariates))
+        limit = max(1, min(task.max_heldout_covariates - n_full, len(free_groups) - task.min_train_covariates))
         draws = random.Random(int(seed))
-        heldout = draws.sample(free_groups, draws.randint(1, most))
+        heldout = draws.sample(free_groups, draws.randint(1, limit))
         n_heldout.update(heldout)
         pairs += [(label, group) for group in heldout]
     return pairs
 
 
 def combine_pairs(table: PairTable, task: SplitTask, delimiter: str) -> list[Pair]:
-    """Hold out a sample of each group's combinations, all groups by the same seed."""
+    """Draw the held-out pairs of task `combine`: a sample of each group's combinations, with the same seed."""
     pairs: list[Pair] = []
     for group, labels in table.labels_of_group.items():
         combinations = [label for label in labels if delimiter in label]
@@ -238,15 +238,15 @@ def combine_pairs(table: PairTable, task: SplitTask, delimiter: str) -> list[Pai
 
 
 def combine_inverse_pairs(table: PairTable, task: SplitTask, delimiter: str) -> list[Pair]:
-    """Hold out the first of each group's shuffled single labels, all groups by the same seed.
+    """Draw the held-out pairs of task `combine_inverse`: the first of each group's single labels, shuffled.
 
-    A label is passed over where it forms a combination of the group with one already held out. Control is one
-    of the labels: where it is among the first, one perturbation fewer is held out.
+    All groups are shuffled with the same seed. A label is skipped if it forms a combination of the group with a label
+    that is already held out. The control is one of the labels: if it comes first, one perturbation less is held out.
     """
     pairs: list[Pair] = []
     for group, labels in table.labels_of_group.items():
         combinations = [set(label.split(delimiter)) for label in labels if delimiter in label]
-        # Labels come in their order of appearance among all cells, which need not be that within the group.
+        # Labels are ordered by first appearance among all cells, which may differ from that within the group.
         singles = [
             label for label, groups in table.groups_of_label.items() if delimiter not in label and group in groups
         ]
@@ -263,7 +263,7 @@ def combine_inverse_pairs(table: PairTable, task: SplitTask, delimiter: str) -> 
 
 
 def heldout_pairs(table: PairTable, task: SplitTask, delimiter: str | None) -> list[Pair]:
-    """Draw the pairs that a task holds out, in the order in which they were drawn."""
+    """Draw the held-out pairs of a task, in the order of the draws."""
     if task.task == "transfer":
         return transfer_pairs(table, task)
     if delimiter is None or not any(delimiter in label for label, _ in table.pairs):
@@ -274,8 +274,8 @@ def heldout_pairs(table: PairTable, task: SplitTask, delimiter: str | None) -> l
     return (combine_pairs if task.task == "combine" else combine_inverse_pairs)(table, task, delimiter)
 
 
-def part_pairs(table: PairTable, pairs: Sequence[Pair], seed: int) -> dict[Pair, str | float]:
-    """Part held-out pairs into val and test, half and half of each group; a group's only pair gets NaN."""
+def divide_pairs(table: PairTable, pairs: Sequence[Pair], seed: int) -> dict[Pair, str | float]:
+    """Divide the held-out pairs of each group into val and test; the only pair of a group gets NaN."""
     pairs_of_group = Counter(group for _, group in pairs)
     kept = [pair for pair in pairs if pairs_of_group[pair[1]] > 1]
     split_of_pair: dict[Pair, str | float] = dict.fromkeys(pairs, np.nan)
@@ -288,7 +288,7 @@ def part_pairs(table: PairTable, pairs: Sequence[Pair], seed: int) -> dict[Pair,
 
 
 def split_controls(n_controls: int, train_fraction: float, seed: int) -> np.ndarray:
-    """Share control cells out: shuffled, the first ones to test, as many to val, the last ones to train."""
+    """Divide the shuffled control cells: the first go to test, as many to val, the others to train."""
     order = list(range(n_controls))
     random.Random(seed).shuffle(order)
     n_heldout = n_controls - int(train_fraction * n_controls)
@@ -299,8 +299,8 @@ def split_controls(n_controls: int, train_fraction: float, seed: int) -> np.ndar
 
 
 def label_cells(table: PairTable, pairs: Sequence[Pair], task: SplitTask) -> np.ndarray:
-    """Split of each cell, given the held-out pairs, shape (cells,); NaN for cells in none."""
-    split_of_pair = part_pairs(table, pairs, task.splitter_seed)
+    """Split of each cell, given the held-out pairs, shape (cells,); NaN for cells in no split."""
+    split_of_pair = divide_pairs(table, pairs, task.splitter_seed)
     splits = np.array([split_of_pair.get(pair, "train") for pair in table.pairs], dtype=object)
     split = splits[table.pair_of_cell]
     is_control = table.is_control
@@ -312,11 +312,11 @@ def label_cells(table: PairTable, pairs: Sequence[Pair], task: SplitTask) -> np.
     return split
 
 
-def _check_no_split_empty(split: np.ndarray, is_perturbed: np.ndarray, found: str, mend: Mapping[str, str]) -> None:
-    """Refuse a split whose train, val or test has no perturbed cell."""
+def _check_no_split_empty(split: np.ndarray, is_perturbed: np.ndarray, found: str, hints: Mapping[str, str]) -> None:
+    """Raise `DataError` if train, val or test has no perturbed cell."""
     for name in SPLITS:
         if not np.any((split == name) & is_perturbed):
-            raise DataError(f"the split has no perturbed cell in {name}: {found}; {mend[name]}")
+            raise DataError(f"the split has no perturbed cell in {name}: {found}; {hints[name]}")
 
 
 def draw_split(
@@ -326,7 +326,7 @@ def draw_split(
     perturbation_combination_delimiter: str | None,
     perturbation_control_value: str,
 ) -> pd.Series:
-    """Split cells by a task.
+    """Split the cells by a task.
 
     Parameters
     ----------
@@ -337,14 +337,14 @@ def draw_split(
     perturbation_key
         Column of the perturbation labels.
     perturbation_combination_delimiter
-        What joins the parts of a combination; None where there are no combinations.
+        Text between the parts of a combination; None if no label is a combination.
     perturbation_control_value
         Label of the control cells.
 
     Returns
     -------
     pd.Series
-        'train', 'val', 'test' or NaN (in none of them) for each cell, indexed by the names of the cells.
+        'train', 'val', 'test' or NaN (no split) for each cell, indexed by the names of the cells.
     """
     task = SplitTask.from_config(config)
     table = PairTable.from_obs(obs, perturbation_key, task.covariate_keys, perturbation_control_value)
@@ -364,8 +364,8 @@ def draw_split(
     if task.task == "transfer":
         more += " or max_heldout_covariates, or lower min_train_covariates"
     fewer = "lower max_heldout_fraction_per_covariate or raise downsample_fraction"
-    mend = {"train": fewer, "val": more, "test": more}
-    _check_no_split_empty(split, ~table.is_control, found, mend)
+    hints = {"train": fewer, "val": more, "test": more}
+    _check_no_split_empty(split, ~table.is_control, found, hints)
     return pd.Series(split, index=obs.index, name="split")
 
 
@@ -375,8 +375,8 @@ def read_split_csv(path: str | Path, obs_names: Iterable[str]) -> pd.Series:
     Parameters
     ----------
     path
-        Headerless CSV, gzipped where its name ends in .gz: name of the cell, its split; an empty split means
-        none. Cells that the data lack are passed over.
+        Headerless CSV of cell and split, gzipped if its name ends in .gz. An empty split means none. Cells that are
+        not in the data are ignored.
     obs_names
         Names of the data's cells.
 
@@ -425,22 +425,22 @@ def read_split_csv(path: str | Path, obs_names: Iterable[str]) -> pd.Series:
 
 
 def write_split_csv(split: pd.Series, path: str | Path) -> None:
-    """Save a split as a headerless CSV that `read_split_csv` reads."""
+    """Write a split as a headerless CSV that `read_split_csv` reads."""
     split.to_csv(path, header=False)
 
 
-def _first(names: Iterable[str], most: int = 3) -> str:
+def _first(names: Iterable[str], limit: int = 3) -> str:
     names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
 def split_positions(split: pd.Series) -> dict[str, np.ndarray]:
-    """Positions of the cells of train, val and test, each in file order."""
+    """Positions of the cells in train, val and test, each in file order."""
     return {name: np.flatnonzero(split.to_numpy() == name) for name in SPLITS}
 
 
 class PerturbationDataSplitter:
-    """PerturBench's name for the way from a config to a split."""
+    """Split cells by a config, under PerturBench's name."""
 
     @staticmethod
     def assign_splits(
@@ -450,9 +450,9 @@ class PerturbationDataSplitter:
         perturbation_combination_delimiter: str | None,
         perturbation_control_value: str,
     ) -> pd.Series:
-        """Split of each cell, read from `split_path` where the config has one, else drawn by its task.
+        """Split of each cell: read from ``split_path`` if the config has one, else drawn by its task.
 
-        Parameters and returned series are those of `draw_split`.
+        Parameters and result are those of `draw_split`.
         """
         split_path = splitter_config.get("split_path")
         if split_path is None:
@@ -466,8 +466,8 @@ class PerturbationDataSplitter:
         split = read_split_csv(split_path, obs_dataframe.index)
         _check_column(obs_dataframe, "perturbation", perturbation_key)
         is_perturbed = (obs_dataframe[perturbation_key].astype(str) != perturbation_control_value).to_numpy()
-        mend = dict.fromkeys(SPLITS, "give the split file such cells")
-        _check_no_split_empty(split.to_numpy(), is_perturbed, f"so says {split_path}", mend)
+        hints = dict.fromkeys(SPLITS, "give the split file such cells")
+        _check_no_split_empty(split.to_numpy(), is_perturbed, f"see {split_path}", hints)
         return split
 
     @staticmethod
@@ -478,9 +478,9 @@ class PerturbationDataSplitter:
         perturbation_combination_delimiter: str | None,
         perturbation_control_value: str,
     ) -> dict[str, np.ndarray]:
-        """Positions in `obs_dataframe` of the cells of 'train', 'val' and 'test', each in file order.
+        """Positions in ``obs_dataframe`` of the cells in 'train', 'val' and 'test', each in file order.
 
-        Parameters are those of `draw_split`; cells in no split are in none of the three.
+        Parameters are those of `draw_split`. Cells in no split are in none of the three.
         """
         return split_positions(
             PerturbationDataSplitter.assign_splits(

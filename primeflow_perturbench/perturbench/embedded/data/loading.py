@@ -1,4 +1,4 @@
-"""Loaders that hand out whole batches, the same ones on any number of devices and after a restart."""
+"""Loaders of whole batches, which are the same on any number of devices and after a restart."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,37 +10,36 @@ from .collate import noop_collate
 
 
 class EpochBatches(DistributedSampler):
-    """Lists of positions, reshuffled each epoch from (seed, epoch) alone and able to begin inside an epoch.
+    """Lists of positions. The shuffle depends only on (seed, epoch), and iteration can start within an epoch.
 
-    Global batch b of an epoch is cut into one part a device, so that two devices with batch size B see
-    together what one device with 2 B sees. It counts as a `DistributedSampler` so that Lightning leaves
-    it in place and calls `set_epoch`.
+    Each global batch is divided among the devices: two devices with batch size B together see what one device with
+    batch size 2 B sees. The class derives from `DistributedSampler` so that Lightning keeps it and calls `set_epoch`.
 
     Parameters
     ----------
     n
         Number of items.
     batch_size
-        Items in a batch of one device.
+        Items per batch and device.
     shuffle
         Whether to shuffle.
     seed
-        Seed of the shuffles.
+        Random seed of the shuffles.
     """
 
     def __init__(self, n: int, batch_size: int, shuffle: bool = False, seed: int = 0):
         if batch_size < 1:
-            raise ValueError(f"the loader needs a batch size of at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
         self.epoch = 0
         self._first_batch: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def resume(self, epoch: int, batch: int) -> None:
-        """Begin epoch ``epoch`` at its batch ``batch`` when it is iterated next."""
+        """Start the next iteration of epoch ``epoch`` at batch ``batch``."""
         self.epoch = epoch
         self._first_batch = {epoch: batch}
 
@@ -63,21 +62,21 @@ class EpochBatches(DistributedSampler):
         for batch in range(self._first_batch.pop(self.epoch, 0), len(self)):
             together = order[batch * self.batch_size * world : (batch + 1) * self.batch_size * world]
             mine = together[rank::world]
-            # A last batch smaller than the number of devices: repeat, since every device must take a step.
+            # If the last batch has fewer items than devices, repeat one: every device must take a step.
             yield (mine if len(mine) else together[:1]).tolist()
 
 
 class BatchLoader(DataLoader):
-    """Loader over `EpochBatches` that a checkpoint can restore in mid-epoch.
+    """Loader over `EpochBatches` that a checkpoint can restore within an epoch.
 
     Parameters
     ----------
     dataset
-        Data set that is indexed by a list of positions.
+        Data set that can be indexed with a list of positions.
     sampler
-        Which positions make a batch.
+        Positions of each batch.
     progress
-        Returns (epoch, batches trained in it); called when a checkpoint is saved.
+        Returns (epoch, number of its batches trained so far); called when a checkpoint is saved.
     **loader
         Further arguments of `torch.utils.data.DataLoader`, such as ``num_workers``.
     """
@@ -90,20 +89,20 @@ class BatchLoader(DataLoader):
         progress: Callable[[], tuple[int, int]] | None = None,
         **loader,
     ):
-        # Lightning builds loaders anew with every argument of `DataLoader`, these two among them.
+        # Lightning rebuilds loaders with all arguments of `DataLoader`, including these two.
         loader |= {"batch_size": None, "collate_fn": noop_collate}
         super().__init__(dataset, sampler=sampler, **loader)
         self._progress = progress
 
     def state_dict(self) -> dict[str, int]:
-        """Where training stands and the seed that shuffles."""
+        """Progress of the training, and the seed of the shuffles."""
         epoch, batch = self._progress() if self._progress else (0, 0)
         if batch >= len(self.sampler):
-            # Workers fetch ahead as soon as the loader is restored, before the epoch is set.
+            # Workers prefetch as soon as the loader is restored, before the epoch is set.
             epoch, batch = epoch + 1, 0
         return {"epoch": epoch, "batch": batch, "seed": self.sampler.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue where `state_dict` was called."""
         self.sampler.seed = state["seed"]
         self.sampler.resume(state["epoch"], state["batch"])

@@ -1,4 +1,4 @@
-"""Lightning data module over one AnnData file."""
+"""Lightning data module of one AnnData file."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,21 +23,21 @@ SPLIT_KEY = "split"
 
 
 def read_cells(filename: str | Path, backed: bool = False) -> ad.AnnData:
-    """Cells of an h5ad file, in memory or backed.
+    """Read the cells of an h5ad file, in memory or backed.
 
     Raises
     ------
     DataError
-        If the file is missing or cannot be read as an h5ad file.
+        If the file is missing or cannot be read.
     """
     path = Path(filename)
     if not path.is_file():
-        raise DataError(f"there is no file {path}; give the h5ad file as data.data.filename=PATH")
+        raise DataError(f"{path}: no such file; give the h5ad file as data.data.filename=PATH")
     try:
         return ad.read_h5ad(path, backed="r" if backed else None)
-    except Exception as error:  # a foreign or broken file can raise anything
+    except Exception as error:  # anndata raises errors of many types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read as an h5ad file ({reason})") from error
+        raise DataError(f"{path}: not a readable h5ad file ({reason})") from error
 
 
 class AnnDataLitModule(L.LightningDataModule):
@@ -46,10 +46,10 @@ class AnnDataLitModule(L.LightningDataModule):
     Parameters
     ----------
     data
-        ``{filename, backed}``: the h5ad file and whether it stays on disk.
+        ``{filename, backed}``: the h5ad file, and whether its matrix stays on disk.
     data_iter_factory
         ``(adata) -> (data set, context)``, for example a partial of `SingleCellPerturbation.from_anndata`;
-        its keywords hold the names of the columns.
+        its keywords name the columns.
     mode
         Only ``"batch"``: items are batches.
     loader
@@ -57,21 +57,22 @@ class AnnDataLitModule(L.LightningDataModule):
     transform
         ``{conf: partial, dependencies: {argument: key of the context}}``.
     splitter
-        Settings of `PerturbationDataSplitter.split_dataset`; with ``save: true`` the split goes to ``output_path``.
+        Settings of `PerturbationDataSplitter.split_dataset`; with ``save: true`` the split is
+        written to ``output_path``.
     collate
-        Accepted for the interface; items are whole batches already.
+        Accepted for compatibility; items are whole batches already.
     evaluation
         ``{split_value_to_evaluate, test_data_iter_factory, evaluation_pipelines, chunk_size, ...}``.
     prediction
         ``{prediction_dataframe_path, predict_data_iter_factory, chunk_size}``.
     filter_split_perturbations
-        Drop the validation and test cells whose perturbations training lacks; if false, add these
+        Drop validation and test cells with perturbations that have no training cell; if false, add these
         perturbations to the vocabulary.
 
     Raises
     ------
     DataError
-        On bad data or settings.
+        If data or settings are invalid.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class AnnDataLitModule(L.LightningDataModule):
     ):
         super().__init__()
         if mode != "batch":
-            raise DataError(f"data mode {mode!r} is not known; the only one is 'batch'")
+            raise DataError(f"data mode {mode!r}: expected 'batch'")
         self.data, self.factory = data, data_iter_factory
         self.loader = dict(loader or {})
         self.batch_size = int(self.loader.pop("batch_size", 256))
@@ -112,7 +113,7 @@ class AnnDataLitModule(L.LightningDataModule):
         self.train_iterator = self.val_iterator = self.test_iterator = self.predict_iterator = None
 
     def use_training_record(self, record: Mapping[str, Any], gene_names: list[str] | None = None) -> None:
-        """Take transform, context and genes from a checkpoint instead of from the training cells."""
+        """Use the transform, context and genes of a checkpoint instead of those of the training cells."""
         self.transform, self.context = record["transform"], record["train_context"]
         self.features = gene_names
 
@@ -134,7 +135,7 @@ class AnnDataLitModule(L.LightningDataModule):
 
     @property
     def num_perturbations(self) -> int:
-        """Number of perturbations, control not counted."""
+        """Number of perturbations without the control."""
         return self.context["num_perturbations"]
 
     @property
@@ -148,7 +149,7 @@ class AnnDataLitModule(L.LightningDataModule):
         return None if self.train_iterator is None else self.train_iterator.perturbation_embedding_width
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split and wrap what the stage needs; a second call for the same stage does nothing."""
+        """Prepare the data of a stage; a second call for the same stage does nothing."""
         if stage in ("fit", "validate", None) and self.train_iterator is None:
             self._setup_fit()
         if stage in ("test", None) and self.test_iterator is None and self.evaluation is not None:
@@ -162,7 +163,7 @@ class AnnDataLitModule(L.LightningDataModule):
         return self.adata
 
     def _split(self) -> pd.Series:
-        """Split of every cell, shape (cells of the file,), missing for cells of none."""
+        """Split of every cell of the file, missing for unused cells."""
         if self.splits is None:
             obs = self._read().obs
             self.splits = PerturbationDataSplitter.assign_splits(
@@ -192,7 +193,7 @@ class AnnDataLitModule(L.LightningDataModule):
         self._save_split()
 
     def _drop_unknown(self) -> None:
-        """Take cells out of validation and test whose perturbations the vocabulary lacks."""
+        """Drop validation and test cells with perturbations that the vocabulary lacks."""
         known, unknown = known_conditions(self.adata.obs, self.keys, self.context["perturbation_uniques"])
         drop = ~known & self.splits.isin(["val", "test"]).to_numpy()
         if drop.any():
@@ -217,7 +218,7 @@ class AnnDataLitModule(L.LightningDataModule):
         return self._transform_conf["conf"](**arguments)
 
     def _save_split(self) -> None:
-        """Write the split beside the run, if the splitter's settings ask for it."""
+        """Write the split if the settings of the splitter ask for it."""
         if not self.splitter.get("save") or not self.trainer_is_first:
             return
         folder = Path(self.splitter.get("output_path") or ".")
@@ -257,7 +258,7 @@ class AnnDataLitModule(L.LightningDataModule):
         self.test_iterator.transform = self.transform
 
     def _genes_of(self, factory: Callable) -> dict[str, list[str]]:
-        """Genes to realign to: the checkpoint's, else those that training uses."""
+        """Genes to align to: those of the checkpoint, or of the training data."""
         features = self.features or (self.context or {}).get("features_keep")
         return {} if features is None else {"features": list(features)}
 
@@ -266,7 +267,7 @@ class AnnDataLitModule(L.LightningDataModule):
             raise DataError("a prediction needs the training context: give ckpt_path")
         path = Path(self.prediction["prediction_dataframe_path"])
         if not path.is_file():
-            raise DataError(f"there is no table of conditions {path}; give prediction_dataframe_path=PATH")
+            raise DataError(f"table of conditions {path}: no such file; give prediction_dataframe_path=PATH")
         categorical = [name for name, uniques in self.context["covariate_uniques"].items() if uniques is not None]
         text = dict.fromkeys([self.keys.perturbation, *categorical], str)
         conditions = pd.read_csv(path, dtype=text, keep_default_na=False)
@@ -275,13 +276,13 @@ class AnnDataLitModule(L.LightningDataModule):
         self.predict_iterator.transform = self.transform
 
     def _training_progress(self) -> tuple[int, int]:
-        """Epoch and batches of it that have been trained on."""
+        """Current epoch and the number of its batches trained so far."""
         loop = self.trainer.fit_loop
         return self.trainer.current_epoch, loop.epoch_loop.batch_progress.current.processed
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled batches of training cells."""
-        # Reduced, since arithmetic with epochs must stay inside 64 bits.
+        # Reduced so that arithmetic with epochs stays within 64 bits.
         seed = torch.initial_seed() % 2**31
         sampler = EpochBatches(len(self.train_iterator), self.batch_size, shuffle=True, seed=seed)
         progress = self._training_progress if self.trainer is not None else None

@@ -1,4 +1,4 @@
-"""What a batch of cells is."""
+"""A batch of cells."""
 
 from typing import Any, NamedTuple
 
@@ -11,20 +11,20 @@ class Batch(NamedTuple):
     Attributes
     ----------
     gene_expression
-        Expression, a dense float32 tensor (B, G) after the transform, a matrix of the file's kind before.
+        Expression: a dense float32 tensor (B, G) after the transform, a matrix as stored in the file before.
     perturbations
-        Multi-hot (B, P), all zero for control cells; or summed embedding rows (B, W). Before the
-        transform a list of tuples of labels.
+        Multi-hot (B, P), or summed embedding rows (B, W); zero for control cells. Before the transform a list of
+        tuples of perturbations.
     covariates
         One-hot (B, n) by covariate name, (B, 1) for a numeric one. Before the transform the values.
     controls
-        Matched control expression (B, G), where the data set pairs controls.
+        Expression of matched control cells (B, G), if the data set pairs controls.
     id
         Names of the cells.
     gene_names
         Names of the genes, length G.
     embeddings, control_embeddings
-        Embeddings of the cells and of their controls (B, E), where the file has them.
+        Embeddings of the cells and of their controls (B, E), if the file has them.
     """
 
     gene_expression: Any

@@ -1,4 +1,4 @@
-"""Predict the cells of given conditions, from a composed configuration."""
+"""Predict the cells of given conditions from a composed configuration."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .train import instantiate_all, load_record
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
-    """Predict the conditions of a table with a trained model, chunk by chunk to ``cfg.output_path``.
+    """Predict the conditions of a table with a trained model and write them in chunks to ``cfg.output_path``.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     Raises
     ------
     DataError
-        On a bad checkpoint, table or data.
+        If the checkpoint, the table or the data are invalid.
     """
     if cfg.get("seed") is not None:
         L.seed_everything(cfg.seed, workers=True, verbose=False)

@@ -1,4 +1,4 @@
-"""Train a model and test it, from a composed configuration."""
+"""Train and test a model from a composed configuration."""
 
 import inspect
 import logging
@@ -16,31 +16,31 @@ log = logging.getLogger(__name__)
 
 
 def instantiate_all(config: Mapping[str, Any] | None) -> list[Any]:
-    """Objects of a group such as callbacks or loggers: every entry that names a ``_target_``."""
+    """Instantiate every entry of a config group, such as callbacks or loggers, that has a ``_target_``."""
     entries = (config or {}).values()
     return [hydra.utils.instantiate(entry) for entry in entries if entry and "_target_" in entry]
 
 
 def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
-    """A checkpoint of a perturbation model.
+    """Load the checkpoint of a perturbation model.
 
     Raises
     ------
     DataError
-        If the file is missing or no checkpoint of a perturbation model.
+        If the file is missing or is not the checkpoint of a perturbation model.
     """
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
         record_of(checkpoint)
     except FileNotFoundError as error:
-        raise DataError(f"there is no checkpoint {ckpt_path}") from error
-    except Exception as error:  # unpickling a foreign file can raise anything
-        raise DataError(f"{ckpt_path} is not a checkpoint of a perturbation model, or is cut short") from error
+        raise DataError(f"checkpoint {ckpt_path}: no such file") from error
+    except Exception as error:  # unpickling another file can raise any error
+        raise DataError(f"{ckpt_path}: not a checkpoint of a perturbation model, or truncated") from error
     return checkpoint
 
 
 def load_record(ckpt_path: str) -> dict[str, Any]:
-    """Training record and gene names of a checkpoint's file, see `load_checkpoint` for errors."""
+    """Training record and gene names of a checkpoint file; errors as in `load_checkpoint`."""
     return record_of(load_checkpoint(ckpt_path))
 
 
@@ -50,8 +50,8 @@ def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.LightningModule:
-    """The model of ``cfg.model`` with the eight arguments that only the data know."""
-    # Partial, so that vocabularies reach the model as they are and not as configuration.
+    """Build the model of ``cfg.model`` with the eight arguments that the data provide."""
+    # Partial, so that Hydra does not convert the vocabularies to configuration objects.
     build = hydra.utils.instantiate(cfg.model, _partial_=True)
     parameters = inspect.signature(build.func).parameters
     unknown = [name for name in build.keywords if name not in parameters]
@@ -72,17 +72,17 @@ def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.Lightni
 def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, Any]:
     """Fit the model of ``cfg`` and test its best checkpoint.
 
-    Needs of the data module no more than PerturBench's own gives, so that it may be either.
+    The data module may be PerturBench's or the embedded one.
 
     Parameters
     ----------
     cfg
-        Composed ``train.yaml``. ``train`` and ``test`` switch the two stages; ``ckpt_path`` resumes, or is
-        tested as it is without ``train``, or gives its weights alone with ``finetune``: a model with a method
-        ``take_over`` has the genes and conditions of the data and takes what it finds in the checkpoint, any other has
-        those of the checkpoint; ``seed`` seeds.
+        Composed ``train.yaml``. ``train`` and ``test`` switch the two stages on. With ``train``, the run resumes from
+        ``ckpt_path``; without it, ``ckpt_path`` is tested. With ``finetune``, only weights are loaded: a model with a
+        method ``take_over`` keeps the genes and conditions of the data and loads the weights that match; any other
+        model uses the genes and conditions of the checkpoint. ``seed`` sets the random seed.
     callbacks
-        Callbacks beside those of ``cfg``.
+        Additional callbacks.
 
     Returns
     -------
@@ -91,16 +91,16 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     Raises
     ------
     DataError
-        On bad data or settings.
+        If data or settings are invalid.
     """
     if cfg.get("seed") is not None:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     ckpt_path, finetune = cfg.get("ckpt_path"), bool(cfg.get("finetune", False))
     if not cfg.train and ckpt_path is None:
-        raise DataError("train=false tests a trained model and needs ckpt_path=PATH")
+        raise DataError("train=false tests a trained model: give ckpt_path=PATH")
     datamodule = hydra.utils.instantiate(cfg.data)
     if finetune and ckpt_path is None:
-        raise DataError("finetune=true begins with a trained model and needs ckpt_path=PATH")
+        raise DataError("finetune=true starts from a trained model: give ckpt_path=PATH")
     checkpoint = load_checkpoint(ckpt_path) if finetune or not cfg.train else None
     takes_over = finetune and cfg.train and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over")
     set_up(datamodule, None if takes_over or checkpoint is None else record_of(checkpoint))
@@ -125,14 +125,14 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
         best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
         tested = (best or None) if cfg.train else ckpt_path
         if cfg.train and tested is None:
-            log.warning("no checkpoint was saved; the test uses the weights at the end of training")
+            log.warning("No checkpoint was saved; the test uses the weights at the end of training.")
         trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=False, verbose=False)
         metrics.update(trainer.callback_metrics)
     return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
 
 
 def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None) -> None:
-    """Prepare training data, with the vocabularies of a checkpoint's training record where one is given."""
+    """Prepare the training data, with the vocabularies of a checkpoint's training record if one is given."""
     ours = hasattr(datamodule, "use_training_record")
     if record is not None and ours:
         datamodule.use_training_record(record, record["gene_names"])
@@ -145,10 +145,10 @@ def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None) 
 
 
 def check_compatible(model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
-    """Raise `DataError` if the model cannot be fed by the data set class of the data module."""
+    """Raise `DataError` unless the model accepts the data set class of the data module."""
     given, wanted = type(datamodule.train_iterator).__name__, model.COMPATIBLE_DATASETS
     if given not in wanted:
         raise DataError(
-            f"{type(model).__name__} needs a data set of class {' or '.join(wanted)}, got {given}; "
-            "data=h5ad_controls gives each cell controls"
+            f"{type(model).__name__} needs a data set of class {' or '.join(wanted)}, found {given}; "
+            "data=h5ad_controls pairs cells with controls"
         )

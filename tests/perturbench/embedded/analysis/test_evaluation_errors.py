@@ -31,7 +31,7 @@ def fails(match, *args, **kwargs):
     assert "\n" not in str(error.value)
 
 
-def test_genes():
+def test_genes_must_match():
     fails(r"Model 'model' lacks 1 of the 4 genes to score: g3\.", cells(genes=3))
     fails(r"Model 'model' has 6 genes that the reference lacks: g4, g5, g6, g7, g8 and 1 more;", cells(genes=10))
     fails(r"The reference lacks 1 of the 2 genes to score: g9\.", features=["g1", "g9"])
@@ -42,7 +42,7 @@ def test_genes():
     evaluation(cells(genes=10), features=["g1", "g3"])
 
 
-def test_conditions():
+def test_conditions_must_match():
     fails("Model 'model' predicts no cells of a_p2, b_p2: predict", cells(["p1"]))
     fails("Model 'model' predicts a_p3, b_p3, which the reference lacks: add", cells([*LABELS, "p3"]))
     many = cells(["p1", "p2", *(f"q{i}" for i in range(4))])
@@ -50,7 +50,7 @@ def test_conditions():
     fails("no perturbed cells: every drug is 'control'", cells(["control"]), cells(["control"]))
 
 
-def test_controls():
+def test_controls_are_required():
     ref = cells()
     ref = ref[(ref.obs["line"] == "a") | (ref.obs["drug"] != "control")].copy()
     without = evaluation(cells(["p1", "p2"]), ref)
@@ -67,7 +67,7 @@ def test_controls():
 
 @pytest.mark.parametrize("convert", [np.asarray, sparse.csr_matrix])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite(convert, bad):
+def test_values_must_be_finite(convert, bad):
     model = cells()
     model.X[2, 1] = model.X[5, 0] = bad
     model.X = convert(model.X)
@@ -77,7 +77,7 @@ def test_values_that_are_not_finite(convert, bad):
         evaluation(ref=model)
 
 
-def test_columns_and_labels():
+def test_columns_and_labels_are_required():
     fails("The reference has no obs column 'cell'; it has line, drug", cov_cols=["cell"])
     ref = cells()
     ref.obs["line"] = pd.Categorical(["a"] * 17 + [None])
@@ -85,7 +85,7 @@ def test_columns_and_labels():
     fails("The reference has no cells", ref=cells()[:0].copy())
 
 
-def test_names_that_the_separator_makes_equal():
+def test_names_that_are_ambiguous_after_joining_are_an_error():
     ref = cells(lines=("a", "a_x"), labels=["control", "p", "x_p"])
     fails("Two conditions share the name 'a_x_p': rename labels in line, drug", ref.copy(), ref)
     ref = cells(lines=("a", "a_x"))
@@ -93,15 +93,15 @@ def test_names_that_the_separator_makes_equal():
     fails("Two covariate groups share the name 'a_x_y'", ref.copy(), ref, cov_cols=["line", "dose"])
 
 
-def test_choices():
+def test_unknown_aggregations_and_metrics_are_errors():
     scored = evaluation()
     with pytest.raises(DataError, match="Unknown aggregation 'mean': choose one of average, logfc, scores, logp, pca"):
         scored.aggregate("mean")
     with pytest.raises(DataError, match="Unknown metric 'l2': choose one of rmse, mse, mae, pearson, cosine"):
         scored.evaluate("average", "l2")
-    with pytest.raises(DataError, match="'mmd' does not fit aggregation 'average'"):
+    with pytest.raises(DataError, match="'mmd' cannot be combined with aggregation 'average'"):
         scored.evaluate("average", "mmd")
-    with pytest.raises(DataError, match="'rmse' does not fit aggregation 'pca'"):
+    with pytest.raises(DataError, match="'rmse' cannot be combined with aggregation 'pca'"):
         scored.evaluate_rank("pca", "rmse")
     with pytest.raises(DataError, match="mmd takes no keywords, but got blur"):
         scored.evaluate("none", "mmd", blur=1)
@@ -113,14 +113,14 @@ def test_choices():
         run_pipelines(scored, [])
 
 
-def test_model_names():
+def test_model_names_must_be_unique():
     fails("There are 2 model AnnDatas and 1 names", [cells(), cells()], model_names=["x"])
     fails("must differ from each other and from 'ref': x, x", [cells(), cells()], model_names=["x", "x"])
     fails("must differ from each other and from 'ref': ref", model_names="ref")
     assert evaluation([cells(), cells()]).model_names == ["model_0", "model_1"]
 
 
-def test_one_cell_has_no_variance():
+def test_scores_need_two_cells_per_condition():
     single = evaluation(cells(LABELS[1:], n=1))
     with pytest.raises(DataError, match=r"scores compares variances, .* one cell of a_p1 in model 'model': give"):
         single.aggregate("scores")

@@ -56,13 +56,13 @@ def recorded(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "evaluation_per_condition.csv")
 
 
-def test_every_recorded_pipeline_is_compared(golden):
+def test_every_recorded_pipeline_is_tested(golden):
     table = recorded(golden[0])[["aggregation", "metric_name"]].drop_duplicates()
     assert set(table.itertuples(index=False, name=None)) == set(PIPELINES)
 
 
 @pytest.mark.parametrize(("aggregation", "metric"), PIPELINES)
-def test_scores_and_ranks(golden, aggregation, metric):
+def test_scores_and_ranks_equal_perturbench(golden, aggregation, metric):
     folder, evaluation, _ = golden
     table = recorded(folder)
     table = table[(table["aggregation"] == aggregation) & (table["metric_name"] == metric)].set_index("cov_pert")
@@ -75,7 +75,7 @@ def test_scores_and_ranks(golden, aggregation, metric):
     np.testing.assert_array_equal(ranks[table.index], table["rank"])
 
 
-def test_aggregates(golden):
+def test_aggregates_equal_perturbench(golden):
     folder, evaluation, _ = golden
     with np.load(folder / "aggregates.npz") as aggregates:
         assert len(aggregates)
@@ -85,7 +85,7 @@ def test_aggregates(golden):
             np.testing.assert_allclose(ours, array, rtol=1e-6, atol=1e-5, err_msg=key)
 
 
-def test_summary(golden):
+def test_summary_equals_perturbench(golden):
     folder, _, result = golden
     summary = json.loads((folder / "evaluation_summary.json").read_text())
     assert set(result.summary.index) == set(summary)

@@ -89,14 +89,14 @@ def test_opposite_predictions_rank_last():
 
 
 @pytest.mark.parametrize(("aggregation", "metric"), [("average", "rmse"), ("average", "cosine"), ("none", "mmd")])
-def test_predictions_that_are_all_alike_rank_by_chance(ref, aggregation, metric):
+def test_identical_predictions_rank_by_chance(ref, aggregation, metric):
     collapsed = drop_controls(ref)
     collapsed.X[:] = 1
     frame = Evaluation(collapsed, ref, "drug", ctrl="control", cov_cols="line").evaluate_rank(aggregation, metric)
     assert frame["rank"].mean() == pytest.approx(0.5)
 
 
-def test_keys_and_results(ref):
+def test_results_have_the_documented_keys_and_columns(ref):
     models = [drop_controls(make(seed=1)), drop_controls(make(seed=2))]
     evaluation = Evaluation(models, ref, "drug", ["x", "y"], "control", ["line", "dose"])
     evaluation.aggregate("average")
@@ -122,13 +122,13 @@ def test_keys_and_results(ref):
 
 
 @pytest.mark.parametrize("cov_cols", [None, []])
-def test_without_covariates_all_cells_are_one_group(ref, cov_cols):
+def test_without_covariates_all_cells_form_one_group(ref, cov_cols):
     result = evaluate(drop_controls(make(seed=1)), ref, cov_cols=cov_cols)
     assert set(result.per_condition["cov_pert"]) == {"all_p1", "all_p2", "all_p3", "all_p4"}
     assert result.summary.notna().all(axis=None)
 
 
-def test_sparse_shuffled_and_reordered_input_gives_the_same(ref):
+def test_storage_and_order_of_cells_and_genes_do_not_matter(ref):
     model = drop_controls(make(seed=1))
     expected = evaluate(model, ref).per_condition["value"]
     rng = np.random.default_rng(0)
@@ -140,7 +140,7 @@ def test_sparse_shuffled_and_reordered_input_gives_the_same(ref):
     np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_backed_files_give_the_same(ref, tmp_path):
+def test_backed_files_give_the_same_scores(ref, tmp_path):
     model = drop_controls(make(seed=1))
     model.write_h5ad(tmp_path / "model.h5ad")
     backed = ad.read_h5ad(tmp_path / "model.h5ad", backed="r")
@@ -157,7 +157,7 @@ def test_features_restrict_the_genes(ref):
     np.testing.assert_allclose(chosen, small, rtol=1e-4, atol=1e-6)
 
 
-def test_controls_of_the_model_are_its_own_where_it_has_them(ref):
+def test_a_models_own_controls_are_used(ref):
     own = make(seed=1)
     evaluation = Evaluation({"own": own, "none": drop_controls(own)}, ref, "drug", ctrl="control", cov_cols="line")
     logfc = evaluation.aggregate("logfc")
@@ -167,7 +167,7 @@ def test_controls_of_the_model_are_its_own_where_it_has_them(ref):
     assert not np.allclose(logfc["own"]["a"]["p1"], logfc["none"]["a"]["p1"])
 
 
-def test_use_control_variance_gives_predictions_the_spread_of_the_controls(ref):
+def test_use_control_variance_uses_the_variance_of_the_controls(ref):
     flat = drop_controls(ref)
     for _, rows in flat.obs.groupby(["line", "drug"]).indices.items():
         flat.X[rows] = flat.X[rows].mean(axis=0)
@@ -183,7 +183,7 @@ def test_use_control_variance_gives_predictions_the_spread_of_the_controls(ref):
     assert not np.allclose(evaluation.aggregate("scores")["model"]["a"]["p1"], scores)
 
 
-def test_aggregating_again_forgets_the_scores_of_before(ref):
+def test_aggregating_again_discards_earlier_scores(ref):
     evaluation = Evaluation(drop_controls(make(seed=1)), ref, "drug", ctrl="control", cov_cols="line")
     evaluation.evaluate_rank("pca", "mmd")
     many = evaluation.evaluate("pca", "mmd")
@@ -192,7 +192,7 @@ def test_aggregating_again_forgets_the_scores_of_before(ref):
     assert (evaluation.evaluate("pca", "mmd")["metric"] < many["metric"]).all()
 
 
-def test_keyword_of_a_metric_changes_the_score(ref):
+def test_keyword_arguments_reach_the_metric(ref):
     evaluation = Evaluation(drop_controls(make(seed=1)), ref, "drug", ctrl="control", cov_cols="line")
     recall = {k: evaluation.evaluate("scores", "top_k_recall", k=k)["metric"].mean() for k in (3, 50)}
     assert recall[50] == 1
@@ -202,20 +202,20 @@ def test_keyword_of_a_metric_changes_the_score(ref):
 @pytest.mark.parametrize(
     "sizes", [{"genes": 1}, {"cells": 2}, {"perturbations": ("control", "p1")}, {"groups": ("a",)}]
 )
-def test_small_inputs_give_numbers(sizes):
+def test_small_inputs_have_finite_scores(sizes):
     result = evaluate(drop_controls(make(seed=1, **sizes)), make(**sizes))
     assert result.summary.notna().all(axis=None)
     if "perturbations" in sizes:
         assert (result.summary.filter(like="rank", axis=0) == 0).all(axis=None)
 
 
-def test_single_cells_are_scored_where_no_variance_is_needed():
+def test_single_cells_are_scored_without_variances():
     pipelines = [p for p in DEFAULT_PIPELINES if p["aggregation"] != "scores"]
     result = evaluate(drop_controls(make(seed=1, cells=1)), make(cells=1), pipelines=pipelines)
     assert result.summary.notna().all(axis=None)
 
 
-def test_progress_is_told(ref):
+def test_progress_is_reported(ref):
     told = []
     evaluation = Evaluation(drop_controls(make(seed=1)), ref, "drug", ctrl="control")
     run_pipelines(evaluation, DEFAULT_PIPELINES[:2], lambda *args: told.append(args))

@@ -39,7 +39,7 @@ def dense(matrix) -> np.ndarray:
         ("control", None, ()),
     ],
 )
-def test_split_label(label, delimiter, parts):
+def test_split_label_keeps_order_and_drops_the_control(label, delimiter, parts):
     assert split_label(label, Keys("condition", delimiter=delimiter)) == parts
 
 
@@ -62,7 +62,7 @@ def test_every_kind_of_matrix_gives_the_same_expression(make_cells, tmp_path, ki
     assert table.names[wanted[0]] == f"cell{origin[0]}"
 
 
-def test_a_view_with_all_its_genes(cells):
+def test_a_view_with_all_genes_is_read_from_its_parent(cells):
     table = CellTable(cells[:, ["g3", "g0", "g1", "g2"]], KEYS)
     np.testing.assert_array_equal(dense(table.expression([1])), [[14, 11, 12, 13]])
     # One view of another, by position, by name and by slice.
@@ -81,7 +81,7 @@ def test_no_batch_copies_all_cells_of_a_view(cells, monkeypatch):
     assert sizes == [2]
 
 
-def test_genes_are_realigned_by_name_and_missing_ones_named(cells):
+def test_genes_are_aligned_by_name_and_missing_ones_are_an_error(cells):
     table = CellTable(cells, KEYS, features=["g3", "g0"])
     assert table.gene_names == ["g3", "g0"]
     np.testing.assert_array_equal(dense(table.expression([2, 0])), [[24, 21], [4, 1]])
@@ -89,14 +89,14 @@ def test_genes_are_realigned_by_name_and_missing_ones_named(cells):
         CellTable(cells, KEYS, features=["TP53", "g1", "MYC"])
 
 
-def test_duplicated_gene_names_cannot_be_realigned(cells):
+def test_duplicated_gene_names_are_an_error(cells):
     cells.var_names = ["g0", "g0", "g1", "g2"]
     with pytest.raises(DataError, match="gene names are not unique; make them so"):
         CellTable(cells, KEYS, features=["g0", "g1"])
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_embedding_of_cells(cells, view):
+def test_embeddings_follow_the_cells(cells, view):
     cells.obsm["X_pca"] = np.arange(36.0).reshape(12, 3)
     adata, first = (cells[4:], 4) if view else (cells, 0)
     table = CellTable(adata, Keys("condition", ("cell_type",), embedding="X_pca"))
@@ -104,7 +104,7 @@ def test_embedding_of_cells(cells, view):
     assert CellTable(adata, KEYS).embedding([5, 1]) is None
 
 
-def test_missing_embedding_is_named(cells):
+def test_a_missing_embedding_is_an_error(cells):
     with pytest.raises(DataError, match="obsm has no 'X_scvi'; it has nothing"):
         CellTable(cells, Keys("condition", embedding="X_scvi"))
     cells.obsm["X_pca"] = np.zeros((12, 2))
@@ -112,17 +112,17 @@ def test_missing_embedding_is_named(cells):
         CellTable(cells, Keys("condition", embedding="X_scvi"))
 
 
-def test_missing_columns_are_named(cells):
+def test_missing_columns_are_an_error(cells):
     with pytest.raises(DataError, match="obs has no column 'gene', 'tissue'; its columns are condition, cell_type"):
         CellTable(cells, Keys("gene", ("cell_type", "tissue")))
 
 
-def test_no_cell_left(cells):
+def test_no_remaining_cell_is_an_error(cells):
     with pytest.raises(DataError, match="no cell is left"):
         CellTable(cells[:0], KEYS)
 
 
-def test_cells_without_perturbation_embedding_are_dropped_and_told(cells, caplog):
+def test_cells_without_perturbation_embedding_are_dropped_with_a_warning(cells, caplog):
     embeddings = pd.DataFrame({"w0": [1.0]}, index=["P"])
     with caplog.at_level(logging.WARNING):
         table = CellTable(cells, KEYS, perturbation_embeddings=embeddings)
@@ -131,7 +131,7 @@ def test_cells_without_perturbation_embedding_are_dropped_and_told(cells, caplog
     np.testing.assert_array_equal(dense(table.expression([2, 7]))[:, 0], [41, 111])
 
 
-def test_groups_are_those_of_categorical_covariates(cells):
+def test_groups_come_from_categorical_covariates(cells):
     table = CellTable(cells.copy(), KEYS)
     assert {group: list(found) for group, found in table.groups().items()} == {
         ("b",): list(range(6)),
@@ -153,7 +153,7 @@ def test_groups_are_those_of_categorical_covariates(cells):
         (pd.Series(["x", "y"]), False),
     ],
 )
-def test_numbers_are_continuous_and_the_rest_is_not(column, continuous):
+def test_only_numeric_columns_are_continuous(column, continuous):
     values = covariate_values(column)
     assert is_continuous(values) == continuous
     if continuous:
@@ -162,14 +162,14 @@ def test_numbers_are_continuous_and_the_rest_is_not(column, continuous):
         assert values.tolist() == [str(value) for value in column]
 
 
-def test_read_features(tmp_path):
+def test_read_features_returns_the_names_in_file_order(tmp_path):
     path = tmp_path / "genes.csv"
     path.write_text("NA\ng1\n007\n")
     assert read_features(path) == ["NA", "g1", "007"]
     path.write_text("\n")
-    with pytest.raises(DataError, match="genes.csv names no gene"):
+    with pytest.raises(DataError, match="genes.csv: found no gene name"):
         read_features(path)
-    with pytest.raises(DataError, match="there is no gene list .*absent.csv"):
+    with pytest.raises(DataError, match="gene list .*absent.csv: no such file"):
         read_features(tmp_path / "absent.csv")
 
 
@@ -180,13 +180,13 @@ def test_read_features(tmp_path):
         (["P", "Q"], [1.0, np.nan], "have missing values for Q"),
     ],
 )
-def test_bad_perturbation_embeddings_are_named(tmp_path, index, values, message):
+def test_invalid_perturbation_embeddings_are_errors(tmp_path, index, values, message):
     path = tmp_path / "embeddings.parquet"
     pd.DataFrame({"w0": values}, index=index).to_parquet(path)
     with pytest.raises(DataError, match=f"embeddings.parquet {message}"):
         read_perturbation_embeddings(path)
 
 
-def test_missing_file_of_perturbation_embeddings(tmp_path):
+def test_a_missing_file_of_perturbation_embeddings_is_an_error(tmp_path):
     with pytest.raises(DataError, match="there is no file of perturbation embeddings .*absent.parquet"):
         read_perturbation_embeddings(tmp_path / "absent.parquet")

@@ -77,7 +77,7 @@ def golden_train(golden):
     return folder, train, *SingleCellPerturbation.from_anndata(train, **COLUMNS)
 
 
-def test_golden_train_context(golden_train):
+def test_train_context_equals_perturbench(golden_train):
     folder, train, dataset, context = golden_train
     expected = json.loads((folder / "train_context.json").read_text())
     assert len(dataset) == train.n_obs == expected["n_train"]
@@ -93,7 +93,7 @@ def test_golden_train_context(golden_train):
     assert context["use_perturbation_embedding"] is False
 
 
-def test_golden_train_batch(golden_train):
+def test_train_batch_equals_perturbench(golden_train):
     folder, _, dataset, context = golden_train
     expected = np.load(folder / "train_batch.npz")
     batch = with_transform((dataset, context))[range(16)]
@@ -103,7 +103,7 @@ def test_golden_train_batch(golden_train):
     np.testing.assert_array_equal(batch.covariates["cell_type"], expected["cell_type"])
 
 
-def test_golden_counterfactuals(golden, golden_train):
+def test_counterfactuals_equal_perturbench(golden, golden_train):
     folder, adata = golden
     _, _, train, context = golden_train
     dataset, _ = CounterfactualWithReference.from_anndata(
@@ -159,7 +159,7 @@ def test_feature_filter_keeps_the_order_of_the_file_of_cells(cells, tmp_path):
         SingleCellPerturbation.from_anndata(cells, feature_filter_path=path, **COLUMNS)
 
 
-def test_embeddings_of_cells(cells):
+def test_batches_have_cell_embeddings(cells):
     cells.obsm["X_pca"] = np.arange(24.0).reshape(12, 2)
     dataset = with_transform(SingleCellPerturbation.from_anndata(cells, embedding_key="X_pca", **COLUMNS))
     assert dataset.embedding_width == 2
@@ -167,7 +167,7 @@ def test_embeddings_of_cells(cells):
     assert with_transform(SingleCellPerturbation.from_anndata(cells, **COLUMNS))[[3]].embeddings is None
 
 
-def test_embeddings_of_perturbations(cells, tmp_path):
+def test_perturbation_embeddings_are_kept_with_the_data_set(cells, tmp_path):
     path = tmp_path / "embeddings.parquet"
     pd.DataFrame([[1.0, 2, 3], [10, 20, 30]], index=["P", "Q"]).rename(columns=str).to_parquet(path)
     made = SingleCellPerturbation.from_anndata(cells, perturbation_embeddings_path=path, **COLUMNS)
@@ -182,7 +182,7 @@ def test_embeddings_of_perturbations(cells, tmp_path):
     assert dataset[range(len(dataset))].id == [f"cell{i}" for i in (0, 1, 4, 5, 6, 7, 10, 11)]
 
 
-def test_vocabulary_of_hand_made_cells(make_cells):
+def test_vocabulary_follows_first_appearance(make_cells):
     rows = [("Z", "b"), ("control", "a"), ("Q+A", "b"), ("control+Z", "a"), ("B", "a")]
     cells = make_cells(rows, dose=[3, 1, 2, 5, 4])
     _, context = SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=["cell_type", "dose"])
@@ -192,14 +192,14 @@ def test_vocabulary_of_hand_made_cells(make_cells):
     assert context["covariate_uniques"] == {"cell_type": ["b", "a"], "dose": None}
 
 
-def test_continuous_covariate(make_cells):
+def test_a_continuous_covariate_has_no_categories(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("P", "b")], dose=[0.5, 0, 2])
     dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=["dose"]))
     assert dataset[[2, 0]].covariates["dose"].tolist() == [[2], [0.5]]
 
 
 @pytest.mark.parametrize("covariate_keys", [None, []])
-def test_no_covariates(cells, covariate_keys):
+def test_data_without_covariates_are_accepted(cells, covariate_keys):
     dataset = with_transform(SingleCellPerturbation.from_anndata(cells, "condition", covariate_keys=covariate_keys))
     assert dataset[[0, 1]].covariates == {}
     paired = SingleCellPerturbationWithControls.from_anndata(cells, "condition", covariate_keys=covariate_keys)
@@ -215,13 +215,13 @@ def test_combinations_are_one_label_without_a_delimiter(cells):
 
 
 @pytest.mark.parametrize("position", [5, [5], np.array([5]), np.int64(5)])
-def test_one_cell(cells, position):
+def test_a_batch_of_one_cell_keeps_its_shape(cells, position):
     batch = with_transform(SingleCellPerturbation.from_anndata(cells, **COLUMNS))[position]
     assert batch.gene_expression.tolist() == [[51, 52, 53, 54]]
     assert batch.perturbations.tolist() == [[1, 0]]
 
 
-def test_known_conditions(cells):
+def test_known_conditions_reports_unknown_labels(cells):
     known, unknown = known_conditions(cells.obs, Keys("condition"), ["P"])
     assert known.tolist() == [True, True, False, False, True, True] * 2
     assert unknown == ["P+Q", "Q"]
@@ -235,7 +235,7 @@ def groups_of_values(values: torch.Tensor) -> list[str]:
     return [{11: "b", 41: "b", 71: "a", 101: "a"}[int(value)] for value in values]
 
 
-def test_controls_are_those_of_the_own_group(cells):
+def test_controls_come_from_the_same_covariate_group(cells):
     dataset = with_transform(SingleCellPerturbationWithControls.from_anndata(cells, **COLUMNS))
     assert len(dataset) == 8
     batch = dataset[range(8)]
@@ -244,7 +244,7 @@ def test_controls_are_those_of_the_own_group(cells):
     assert batch.controls.shape == batch.gene_expression.shape
 
 
-def test_controls_are_means_of_as_many_cells_as_wanted(cells):
+def test_controls_are_means_of_num_control_samples_cells(cells):
     cells.obsm["X_pca"] = cells.X.toarray()[:, :2]
     made = SingleCellPerturbationWithControls.from_anndata(
         cells, num_control_samples=4000, embedding_key="X_pca", **COLUMNS
@@ -257,7 +257,7 @@ def test_controls_are_means_of_as_many_cells_as_wanted(cells):
     assert batch.embeddings[0].tolist() == [1, 2]
 
 
-def test_controls_depend_on_seed_and_cell_alone(screen):
+def test_controls_depend_only_on_seed_and_cell(screen):
     def controls(seed, order):
         made = SingleCellPerturbationWithControls.from_anndata(screen, seed=seed, num_control_samples=2, **COLUMNS)
         return with_transform(made)[order].controls
@@ -269,16 +269,16 @@ def test_controls_depend_on_seed_and_cell_alone(screen):
     assert torch.equal(controls(None, [8]), controls(0, [8]))
 
 
-def test_group_without_controls_is_named(make_cells):
+def test_a_covariate_group_without_controls_is_an_error(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("P", "b"), ("control", "c")])
-    with pytest.raises(DataError, match="covariate group b has no control cells"):
+    with pytest.raises(DataError, match="covariate group b: found no control cells"):
         SingleCellPerturbationWithControls.from_anndata(cells, **COLUMNS)
 
 
 # Conditions to predict
 
 
-def test_unseen_pairs_of_seen_perturbations(cells):
+def test_unseen_combinations_of_seen_perturbations_are_accepted(cells):
     conditions = pd.DataFrame({"cell_type": ["a", "b"], "condition": ["Q+P", "P"], "note": ["x", "y"]})
     dataset = with_transform(Counterfactual.from_anndata(cells, conditions, **COLUMNS))
     batch, obs = dataset[[0, 1]]
@@ -307,12 +307,12 @@ def test_conditions_of_a_group_share_its_controls(screen):
         np.testing.assert_array_equal(batch.gene_expression, screen.X[drawn].toarray())
 
 
-def test_conditions_are_taken_once(cells):
+def test_repeated_conditions_count_once(cells):
     conditions = pd.DataFrame({"cell_type": ["a", "a", "b"], "condition": ["P", "P", "P"]})
     assert len(Counterfactual.from_anndata(cells, conditions, **COLUMNS)[0]) == 2
 
 
-def test_conditions_with_a_continuous_covariate(make_cells):
+def test_conditions_may_have_a_continuous_covariate(make_cells):
     cells = make_cells([("P", "a"), ("control", "a"), ("control", "a")], dose=[1.0, 0, 0])
     conditions = pd.DataFrame({"cell_type": ["a"], "dose": [7], "condition": ["P"]})
     made = Counterfactual.from_anndata(cells, conditions, "condition", covariate_keys=["cell_type", "dose"])
@@ -322,7 +322,7 @@ def test_conditions_with_a_continuous_covariate(make_cells):
     assert obs["dose"].tolist() == [7, 7]
 
 
-def test_conditions_without_covariates(cells):
+def test_conditions_may_have_no_covariates(cells):
     conditions = pd.DataFrame({"condition": ["P+Q", "Q"]})
     dataset = with_transform(Counterfactual.from_anndata(cells, conditions, "condition"))
     batch, obs = dataset[[1]]
@@ -341,12 +341,12 @@ def test_conditions_without_covariates(cells):
         ),
     ],
 )
-def test_bad_conditions_are_named(cells, conditions, message):
+def test_invalid_conditions_are_errors(cells, conditions, message):
     with pytest.raises(DataError, match=message):
         Counterfactual.from_anndata(cells, pd.DataFrame(conditions), **COLUMNS)
 
 
-def test_unseen_perturbation_of_a_condition_is_named(cells):
+def test_an_unknown_perturbation_of_a_condition_is_an_error(cells):
     conditions = pd.DataFrame({"cell_type": ["a"], "condition": ["P+R"]})
     dataset = with_transform(Counterfactual.from_anndata(cells, conditions, **COLUMNS))
     with pytest.raises(DataError, match="1 perturbations were not seen in training: R"):
@@ -363,7 +363,7 @@ def split_cells(cells) -> ad.AnnData:
 
 
 @pytest.mark.parametrize("use_synthetic_controls", [False, True])
-def test_conditions_of_a_split(split_cells, use_synthetic_controls):
+def test_conditions_are_those_of_the_split(split_cells, use_synthetic_controls):
     dataset, _ = CounterfactualWithReference.from_anndata(
         split_cells, split="test", use_synthetic_controls=use_synthetic_controls, features=["g2", "g0"], **COLUMNS
     )
@@ -381,7 +381,7 @@ def test_all_cells_are_the_reference_without_a_split(cells):
     assert dataset.reference_adata.n_obs == 12
 
 
-def test_bad_splits_are_named(cells, split_cells):
+def test_splits_without_perturbed_cells_are_errors(cells, split_cells):
     with pytest.raises(DataError, match="obs has no column 'part'"):
         CounterfactualWithReference.from_anndata(cells, split="test", split_key="part", **COLUMNS)
     with pytest.raises(DataError, match="the val split has no perturbed cells to compare predictions with"):

@@ -88,26 +88,26 @@ def assert_same_split(split: pd.Series, golden: pd.Series) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_golden_screen(screen, name):
+def test_splits_of_the_screen_equal_perturbench(screen, name):
     config = yaml.safe_load((SCREEN / "splits" / f"{name}.yaml").read_text())
     assert_same_split(draw_split(config, screen, *LABELS), read_golden(SCREEN / "splits" / f"{name}.csv"))
 
 
 @pytest.mark.skipif(not DEVEL_CELLS.exists(), reason="the development data are not here")
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_golden_devel(devel, name):
+def test_splits_of_devel_equal_perturbench(devel, name):
     config = yaml.safe_load((DEVEL / "splits" / f"{name}.yaml").read_text())
     assert_same_split(draw_split(config, devel, *LABELS), read_golden(DEVEL / "splits" / f"{name}.csv"))
 
 
-def test_golden_screen_of_a_wider_holdout(screen):
+def test_a_wider_holdout_of_the_screen_equals_perturbench(screen):
     config = yaml.safe_load((SCREEN / "splits" / "transfer2_seed42_cell_type.yaml").read_text())
     config["max_heldout_fraction_per_covariate"] = 0.8
     assert_same_split(draw_split(config, screen, *LABELS), read_golden(SCREEN / "split.csv"))
 
 
 @pytest.mark.skipif(not DEVEL_CELLS.exists(), reason="the development data are not here")
-def test_golden_devel_of_a_wider_holdout(devel):
+def test_a_wider_holdout_of_devel_equals_perturbench(devel):
     config = yaml.safe_load((DEVEL / "splits" / "transfer2_seed42_cell_type.yaml").read_text())
     config["max_heldout_fraction_per_covariate"] = 0.8
     assert_same_split(draw_split(config, devel, *LABELS), read_golden(DEVEL / "split.csv"))
@@ -132,7 +132,7 @@ def test_held_out_pairs_have_no_cells_in_train(screen, task, covariate_keys):
 
 
 @pytest.mark.parametrize("task", TASK_CONFIGS)
-def test_quota_and_kind_of_the_held_out_labels(screen, task):
+def test_held_out_labels_respect_task_and_quota(screen, task):
     split = draw_split(make_config(task), screen, *LABELS)
     heldout = screen[(split != "train") & (screen["condition"] != "control")].astype(str)
     labels_of_group = heldout.groupby("cell_type")["condition"].agg(set)
@@ -156,7 +156,7 @@ def test_quota_and_kind_of_the_held_out_labels(screen, task):
 
 
 @pytest.mark.parametrize("task", TASK_CONFIGS)
-def test_the_seed_decides(screen, task):
+def test_the_split_depends_on_the_seed(screen, task):
     splits = [draw_split(make_config(task, splitter_seed=seed), screen, *LABELS) for seed in (1, 1, 2)]
     pd.testing.assert_series_equal(splits[0], splits[1])
     perturbed = screen["condition"] != "control"
@@ -164,7 +164,7 @@ def test_the_seed_decides(screen, task):
     assert (splits[0] != splits[2])[~perturbed].any()
 
 
-def test_global_random_states_are_left_alone(screen):
+def test_global_random_states_do_not_change(screen):
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
     before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
@@ -225,7 +225,7 @@ def test_the_only_held_out_pair_of_a_group_is_in_no_split():
         (0, 0.5, (0, 0, 0)),
     ],
 )
-def test_split_controls_counts(n_controls, train_fraction, expected):
+def test_split_controls_divides_by_the_fraction(n_controls, train_fraction, expected):
     split = list(split_controls(n_controls, train_fraction, seed=3))
     assert tuple(split.count(name) for name in SPLITS) == expected
 
@@ -275,14 +275,14 @@ def test_downsampling_keeps_the_held_out_pairs(screen):
     assert (part.dropna() == whole[part.notna()]).all()
 
 
-def test_numeric_covariate(screen):
+def test_a_numeric_covariate_defines_groups(screen):
     obs = screen.assign(dose=screen["cell_type"].cat.codes.astype(float))
     split = draw_split(make_config(covariate_keys="dose"), obs, *LABELS)
     pd.testing.assert_series_equal(split, draw_split(make_config(), screen, *LABELS))
 
 
 @pytest.mark.parametrize("task", ["combine", "combine_inverse"])
-def test_without_covariates_all_cells_are_one_group(screen, task):
+def test_without_covariates_all_cells_form_one_group(screen, task):
     split = draw_split(make_config(task, covariate_keys=[]), screen, *LABELS)
     one_group = draw_split(make_config(task, covariate_keys=["all"]), screen.assign(all="all"), *LABELS)
     pd.testing.assert_series_equal(split, one_group)
@@ -306,7 +306,7 @@ def test_split_dataset_gives_positions_in_file_order(screen):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
-def test_split_file_round_trip(screen, tmp_path, suffix):
+def test_a_written_split_is_read_back(screen, tmp_path, suffix):
     split = draw_split(make_config(downsample_fraction=0.9), screen, *LABELS)
     path = tmp_path / f"split{suffix}"
     write_split_csv(split, path)
@@ -322,7 +322,7 @@ def test_split_file_round_trip(screen, tmp_path, suffix):
         np.testing.assert_array_equal(from_file[name], drawn[name])
 
 
-def test_split_file_may_name_more_cells_than_the_data(tmp_path):
+def test_a_split_file_may_have_more_cells_than_the_data(tmp_path):
     path = tmp_path / "split.csv"
     path.write_text("NA,train\nother,val\nnan,\n")
     split = read_split_csv(path, ["nan", "NA"])
@@ -362,39 +362,39 @@ def test_split_file_may_name_more_cells_than_the_data(tmp_path):
         ({"downsample_fraction": 0}, "no perturbed cell in train: .*raise downsample_fraction"),
     ],
 )
-def test_bad_config_is_named(screen, changes, message):
+def test_invalid_configs_are_errors(screen, changes, message):
     with pytest.raises(DataError, match=message):
         draw_split(make_config(**changes), screen, *LABELS)
 
 
-def test_empty_train_is_named():
+def test_an_empty_train_split_is_an_error():
     obs = make_obs({"a": ["control", "P+Q", "R+S"]})
     config = make_config("combine", max_heldout_fraction_per_covariate=1.0)
     with pytest.raises(DataError, match=r"no perturbed cell in train: .*lower max_heldout_fraction"):
         draw_split(config, obs, *LABELS)
 
 
-def test_missing_perturbation_column_is_named(screen):
+def test_a_missing_perturbation_column_is_an_error(screen):
     with pytest.raises(DataError, match=r"no perturbation column 'gene'.*\['condition'"):
         draw_split(make_config(), screen, "gene", "+", "control")
 
 
 @pytest.mark.parametrize("column", ["condition", "cell_type"])
-def test_empty_cells_of_a_column_are_counted(screen, column):
+def test_missing_values_of_a_column_are_an_error(screen, column):
     values = screen[column].astype(object)
     values.iloc[[3, 8]] = None
     with pytest.raises(DataError, match=f"column '{column}' is empty for 2 of 2820 cells"):
         draw_split(make_config(), screen.assign(**{column: values}), *LABELS)
 
 
-def test_missing_controls_are_named(screen):
+def test_missing_controls_are_an_error(screen):
     with pytest.raises(DataError, match="no label is 'DMSO'; set perturbation_control_value"):
         draw_split(make_config(), screen, "condition", "+", "DMSO")
 
 
 @pytest.mark.parametrize("task", ["combine", "combine_inverse"])
 @pytest.mark.parametrize("delimiter", ["_", None])
-def test_nothing_to_combine(screen, task, delimiter):
+def test_tasks_on_combinations_need_combinations(screen, task, delimiter):
     with pytest.raises(DataError, match=f"no combination for task {task}: .* delimiter {delimiter!r}"):
         draw_split(make_config(task), screen, "condition", delimiter, "control")
 
@@ -418,7 +418,7 @@ def test_nothing_to_combine(screen, task, delimiter):
         (None, "does not exist: set split_path"),
     ],
 )
-def test_bad_split_file_is_named(tmp_path, text, message):
+def test_invalid_split_files_are_errors(tmp_path, text, message):
     path = tmp_path / "split.csv"
     if text is not None:
         path.write_text(text)
@@ -427,11 +427,11 @@ def test_bad_split_file_is_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(("labels", "empty"), [("train,train,val,val", "test"), ("val,val,val,test", "train")])
-def test_empty_split_of_a_file_is_named(tmp_path, labels, empty):
+def test_a_split_file_with_an_empty_split_is_an_error(tmp_path, labels, empty):
     obs = pd.DataFrame({"condition": ["control", "P", "Q", "R"]}, index=list("abcd"))
     path = tmp_path / "split.csv"
     path.write_text("".join(f"{cell},{name}\n" for cell, name in zip("abcd", labels.split(","), strict=True)))
-    with pytest.raises(DataError, match=f"no perturbed cell in {empty}: so says .*split.csv"):
+    with pytest.raises(DataError, match=f"no perturbed cell in {empty}: see .*split.csv"):
         PerturbationDataSplitter.split_dataset({"split_path": path}, obs, *LABELS)
     with pytest.raises(DataError, match="no perturbation column 'gene'"):
         PerturbationDataSplitter.split_dataset({"split_path": path}, obs, "gene", "+", "control")

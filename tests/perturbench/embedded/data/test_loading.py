@@ -35,7 +35,7 @@ def as_device(monkeypatch):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_an_epoch_is_a_permutation_in_whole_batches(shuffle):
+def test_an_epoch_is_a_permutation_divided_into_batches(shuffle):
     sampler = sampler_of(shuffle=shuffle)
     batches = epoch_of(sampler, 3)
     assert [len(batch) for batch in batches] == [4] * 5 + [3]
@@ -44,7 +44,7 @@ def test_an_epoch_is_a_permutation_in_whole_batches(shuffle):
     assert (list(chain(*batches)) == list(range(23))) != shuffle
 
 
-def test_epochs_and_seeds_differ_and_repeat():
+def test_the_shuffle_depends_on_epoch_and_seed():
     epochs = [tuple(chain(*epoch_of(sampler_of(seed=seed), epoch))) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(epochs)) == 4
     assert tuple(chain(*epoch_of(sampler_of(seed=1), 1))) == epochs[-1]
@@ -57,7 +57,7 @@ def test_batch_size_does_not_change_the_order():
 
 
 @pytest.mark.parametrize("batch", [0, 2, 5])
-def test_resume_gives_the_rest_of_the_very_epoch(batch):
+def test_resume_gives_the_rest_of_the_epoch(batch):
     expected = [epoch_of(sampler_of(), epoch) for epoch in (4, 5)]
     sampler = sampler_of()
     sampler.resume(4, batch)
@@ -66,7 +66,7 @@ def test_resume_gives_the_rest_of_the_very_epoch(batch):
     assert epoch_of(sampler, 5) == expected[1]
 
 
-def test_another_epoch_than_the_resumed_one_is_whole():
+def test_epochs_after_the_resumed_one_are_complete():
     sampler = sampler_of()
     sampler.resume(4, 3)
     assert epoch_of(sampler, 5) == epoch_of(sampler_of(), 5)
@@ -97,13 +97,13 @@ def test_resume_on_several_devices(as_device):
         assert list(sampler) == epoch_of(sampler_of(50), 1)[2:]
 
 
-def test_batch_size_is_positive():
-    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
+def test_a_batch_size_below_one_is_an_error():
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
         sampler_of(batch_size=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loader_hands_out_what_the_data_set_gives(num_workers):
+def test_loader_returns_the_batches_of_the_data_set(num_workers):
     loader = BatchLoader(Squares(), sampler=sampler_of(5, 2, shuffle=False), num_workers=num_workers)
     assert list(loader) == [(0, 1), (4, 9), (16,)]
     assert len(loader) == 3
@@ -111,7 +111,7 @@ def test_loader_hands_out_what_the_data_set_gives(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("progress", "epoch"), [((1, 2), 1), ((1, 6), 2), ((0, 0), 0)])
-def test_state_of_a_loader(progress, epoch, num_workers):
+def test_loader_state_restores_epoch_batch_and_seed(progress, epoch, num_workers):
     state = BatchLoader(Squares(), sampler=sampler_of(seed=7), progress=lambda: progress).state_dict()
     loader = BatchLoader(Squares(), sampler=sampler_of(seed=8), num_workers=num_workers)
     loader.load_state_dict(state)

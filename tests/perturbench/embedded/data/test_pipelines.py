@@ -20,14 +20,14 @@ def raw_batch(parts, **covariates) -> Batch:
 
 
 @pytest.mark.parametrize("kind", [np.asarray, np.asfortranarray, sp.csr_matrix, sp.csc_array, torch.tensor])
-def test_dense_tensor_of_any_matrix(kind):
+def test_dense_tensor_accepts_every_kind_of_matrix(kind):
     tensor = dense_tensor(kind(VALUES))
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
     assert tensor.tolist() == VALUES.tolist()
 
 
-def test_perturbations_and_covariates_in_the_order_of_the_vocabulary():
+def test_columns_follow_the_vocabulary():
     pipeline = SingleCellPipeline(["Q", "P"], {"line": ["b", "a"], "dose": None})
     batch = pipeline(raw_batch([("P",), (), ("P", "Q")], line=["a", "b", "b"], dose=[0.5, 1, 2]))
     assert batch.perturbations.tolist() == [[0, 1], [0, 0], [1, 1]]
@@ -57,13 +57,13 @@ def test_perturbation_embeddings_are_summed_and_zero_for_controls():
     assert batch.perturbations.dtype == torch.float32
 
 
-def test_perturbations_without_a_row_are_named():
+def test_perturbations_without_an_embedding_are_an_error():
     rows = pd.DataFrame([[1.0]], index=["P"])
     with pytest.raises(DataError, match="2 perturbations have no row .* among them R, Q; add"):
         SingleCellPipeline(["P", "R", "Q"], perturbation_embeddings=rows)
 
 
-def test_perturbations_that_training_lacks_have_embeddings():
+def test_embeddings_reach_perturbations_without_training_cells():
     rows = pd.DataFrame([[1.0, 2], [10, 20]], index=["P", "Q"])
     pipeline = SingleCellPipeline(["P"], perturbation_embeddings=rows)
     assert pipeline(raw_batch([("Q", "P"), ("Q",)])).perturbations.tolist() == [[11, 22], [10, 20]]
@@ -71,24 +71,24 @@ def test_perturbations_that_training_lacks_have_embeddings():
         pipeline(raw_batch([("P", "R")]))
 
 
-def test_one_cell():
+def test_a_batch_of_one_cell_keeps_its_shape():
     batch = SingleCellPipeline(["P"], {"line": ["a"]})(raw_batch([("P",)], line=["a"]))
     assert batch.gene_expression.shape == (1, 2)
     assert batch.perturbations.shape == batch.covariates["line"].shape == (1, 1)
 
 
-def test_unknown_perturbations_are_named():
+def test_unknown_perturbations_are_an_error():
     with pytest.raises(DataError, match="2 perturbations were not seen in training: R, S; predict"):
         SingleCellPipeline(["P"])(raw_batch([("S", "P"), ("R",), ()]))
 
 
-def test_unknown_categories_are_named():
+def test_unknown_categories_are_an_error():
     pipeline = SingleCellPipeline(["P"], {"line": ["b", "a"]})
     with pytest.raises(DataError, match="'line' has values that were not seen in training: d, e; known are b, a"):
         pipeline(raw_batch([("P",), (), ()], line=["e", "a", "d"]))
 
 
-def test_collate_hands_the_one_item_on():
+def test_collate_returns_the_only_item():
     batch = raw_batch([()])
     assert noop_collate(batch) is batch
     assert noop_collate([batch]) is batch

@@ -80,7 +80,7 @@ def moved(model, batch: Batch, **changes) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signature_is_strict(name):
+def test_unknown_constructor_arguments_are_an_error(name):
     parameters = inspect.signature(BASELINES[name].__init__).parameters
     assert set(INJECTED) <= set(parameters)
     assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -89,7 +89,7 @@ def test_signature_is_strict(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_names_every_knob(name):
+def test_configs_name_every_constructor_argument(name):
     with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
         cfg = hydra.compose("train", ["data=h5ad_controls", f"model={name}"])
     knobs = set(inspect.signature(BASELINES[name].__init__).parameters) - {"self", "lr_scheduler", *INJECTED}
@@ -103,7 +103,7 @@ def test_config_names_every_knob(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_cell(name):
+def test_a_batch_of_one_cell_keeps_its_shape(name):
     model = make(name).eval()
     predicted = model.predict(make_batch(1))
     assert predicted.shape == (1, G)
@@ -114,7 +114,7 @@ def test_one_cell(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_perturbation_embeddings(name):
+def test_perturbation_embeddings_replace_the_multi_hot(name):
     model = make(name, perturbation_embedding_width=7)
     batch = make_batch()._replace(perturbations=torch.rand(B, 7))
     assert fit(model, batch, 2, 0.1) > 0
@@ -122,7 +122,7 @@ def test_perturbation_embeddings(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_count_cells(name):
+def test_losses_are_logged_with_the_number_of_cells(name):
     model, logged = make(name), []
     model.log = lambda key, value, **settings: logged.append((key, value.item(), settings["batch_size"]))
     model.on_fit_start()
@@ -149,7 +149,7 @@ def planted_cells() -> tuple[ad.AnnData, np.ndarray]:
     return ad.AnnData(expression.astype(np.float32), obs=obs), effects
 
 
-def test_linear_additive_finds_planted_effects():
+def test_linear_additive_recovers_planted_effects():
     cells, effects = planted_cells()
     dataset, context = SingleCellPerturbationWithControls.from_anndata(cells, "condition")
     dataset.transform = SingleCellPipeline(context["perturbation_uniques"])
@@ -178,7 +178,7 @@ def test_linear_additive_predicts_controls_until_trained():
     assert torch.equal(model.predict(batch._replace(controls=None)), batch.gene_expression)
 
 
-def test_linear_additive_injects_covariates():
+def test_linear_additive_can_use_covariates():
     batch = make_batch()
     other = {"line": 1 - batch.covariates["line"], "dose": batch.covariates["dose"]}
     for inject in (False, True):
@@ -199,7 +199,7 @@ def test_latent_additive_overfits_a_batch():
 
 
 @pytest.mark.parametrize("where", ["encoder", "decoder"])
-def test_latent_additive_injects_covariates(where):
+def test_latent_additive_can_use_covariates(where):
     batch = make_batch()
     other = {"line": 1 - batch.covariates["line"], "dose": batch.covariates["dose"]}
     models = [make("latent_additive", **{f"inject_covariates_{where}": inject}) for inject in (False, True)]
@@ -229,12 +229,12 @@ def test_latent_additive_reads_controls_else_cells_else_embeddings():
 
 
 @pytest.mark.parametrize("knobs", [{"n_layers": 2}, {"encoder_width": 17}, {"latent_dim": 5}])
-def test_sizes_of_latent_additive(knobs):
+def test_latent_additive_has_the_configured_sizes(knobs):
     count = [sum(p.numel() for p in make("latent_additive", **k).parameters()) for k in ({}, knobs)]
     assert count[0] < count[1]
 
 
-def test_dropout_of_latent_additive():
+def test_latent_additive_applies_dropout():
     batch = make_batch()
     for dropout in (0.0, 0.5):
         model = make("latent_additive", dropout=dropout)
@@ -246,7 +246,7 @@ def test_dropout_of_latent_additive():
 
 
 @pytest.mark.parametrize(("perturbations", "covariates"), [(True, True), (True, False), (False, True)])
-def test_decoder_only_reads_what_it_is_told(perturbations, covariates):
+def test_decoder_only_reads_the_configured_inputs(perturbations, covariates):
     model, batch = make("decoder_only", use_perturbations=perturbations, use_covariates=covariates), make_batch()
     other = {"line": batch.covariates["line"], "dose": 1 + batch.covariates["dose"]}
     assert moved(model, batch, perturbations=1 - batch.perturbations) == perturbations
@@ -255,7 +255,7 @@ def test_decoder_only_reads_what_it_is_told(perturbations, covariates):
 
 
 @pytest.mark.parametrize("knobs", [{"n_layers": 2}, {"encoder_width": 17}])
-def test_sizes_of_decoder_only(knobs):
+def test_decoder_only_has_the_configured_sizes(knobs):
     count = [sum(p.numel() for p in make("decoder_only", **k).parameters()) for k in ({}, knobs)]
     assert count[0] < count[1]
 
@@ -264,7 +264,7 @@ def test_sizes_of_decoder_only(knobs):
 
 
 @pytest.mark.parametrize("name", ["decoder_only", "latent_additive"])
-def test_softplus_output(name):
+def test_softplus_makes_the_output_positive(name):
     lowest = {}
     for softplus in (False, True):
         torch.manual_seed(0)
@@ -276,18 +276,18 @@ def test_softplus_output(name):
 @pytest.mark.parametrize(
     ("name", "knobs", "message"),
     [
-        ("latent_additive", {"latent_dim": 0}, "needs positive sizes"),
-        ("decoder_only", {"n_layers": 0}, "needs positive sizes, got 6 inputs, width 16, 0 layers, 5 outputs"),
-        ("latent_additive", {"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
-        ("decoder_only", {"use_perturbations": False, "use_covariates": False}, "nothing to decode: set use_pert"),
+        ("latent_additive", {"latent_dim": 0}, "expected positive sizes"),
+        ("decoder_only", {"n_layers": 0}, "expected positive sizes, found 6 inputs, width 16, 0 layers, 5 outputs"),
+        ("latent_additive", {"dropout": 1.0}, "dropout: expected at least 0 and below 1, found 1.0"),
+        ("decoder_only", {"use_perturbations": False, "use_covariates": False}, "decoder has no input: set use_pert"),
         (
             "decoder_only",
             {"use_perturbations": False, "context": {"covariate_uniques": {}}},
-            "nothing to decode: .* data that have covariates",
+            "the decoder has no input: .* data that have covariates",
         ),
     ],
 )
-def test_bad_settings_are_named(name, knobs, message):
+def test_invalid_settings_are_errors(name, knobs, message):
     with pytest.raises(DataError, match=message):
         make(name, **knobs)
 
@@ -327,7 +327,7 @@ def run(cfg, folder, ckpt_path=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpoint_round_trip(configs, tmp_path, name):
+def test_a_loaded_checkpoint_predicts_the_same(configs, tmp_path, name):
     done = run(configs[name], tmp_path)
     datamodule = done["datamodule"]
     assert {"train_loss", "val_loss"} <= set(done["metrics"])
@@ -370,11 +370,11 @@ def test_dropout_is_the_same_after_a_restart(configs, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_data_without_controls(configs, tmp_path, name):
+def test_only_decoder_only_accepts_data_without_controls(configs, tmp_path, name):
     cfg = deepcopy(configs[name])
     cfg.data = configs["no controls"].data
     if name == "decoder_only":
         assert run(cfg, tmp_path)["trainer"].global_step == 8
     else:
-        with pytest.raises(DataError, match="needs a data set of class .*WithControls, got SingleCellPerturbation; "):
+        with pytest.raises(DataError, match="needs a data set of class .*WithControls, found SingleCellPerturbation; "):
             run(cfg, tmp_path)

@@ -1,4 +1,4 @@
-"""Score predicted cells against observed ones, condition by condition."""
+"""Compare predicted with observed cells, condition by condition."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ _BLOCK = 4096
 
 
 class Evaluation:
-    """Aggregate the cells of every condition, predicted and observed, and compare the two.
+    """Aggregate the predicted and the observed cells of every condition, and compare them.
 
-    A condition is a perturbation within a covariate group; its key ``cov_pert`` is the group's covariates and
-    the perturbation joined by ``_``. Conditions are taken in sorted order.
+    A condition is a perturbation within a covariate group. Its key ``cov_pert`` joins the group's covariates and the
+    perturbation by ``_``. Conditions are in sorted order.
 
     Parameters
     ----------
     model_adatas
-        Predicted cells: one AnnData, a list of them or a dict by model name. Control cells in them serve as
-        that model's controls; where a model holds none for a covariate group, the observed ones do.
+        Predicted cells: one AnnData, a list of them or a dict by model name. A model's control cells are its controls;
+        in a covariate group where it has none, the observed control cells are used.
     ref_adata
-        Observed cells, controls included.
+        Observed cells, including controls.
     pert_col
         Column of `obs` with the perturbation.
     model_names
-        Names of the models; by default the dict's keys, ``model``, or ``model_0``, ``model_1``, ...
+        Names of the models (default: the keys of the dict, ``model``, or ``model_0``, ``model_1``, ...).
     ctrl
-        Label of the control cells; without it every label is scored, and nothing that needs controls can be.
+        Label of the control cells; without it every label is scored, and aggregations that need controls fail.
     cov_cols
-        Columns of `obs` that make the covariate groups; None or empty for one group of all cells.
+        Columns of `obs` that define the covariate groups; None or empty for one group of all cells.
     features
-        Genes to score; by default all.
+        Genes to score (default: all).
 
     Attributes
     ----------
     aggr
         ``aggr[aggregation][model or "ref"][covariates][perturbation]``: array of shape (n_genes,), of shape
         (n_components,) for pca_average, (n_cells, n_components) for pca and (n_cells, n_genes) for none.
-        Genes are in the reference's order, but in alphabetical order (`sorted_genes`) for scores and logp.
+        Genes are in the reference's order; for scores and logp in alphabetical order (`sorted_genes`).
     evals
         ``evals[aggregation][metric]``: DataFrame with columns cov_pert, model, metric.
     pairwise_evals
-        ``pairwise_evals[aggregation][metric][model][covariates]``: DataFrame, prediction (index) against
-        observation (columns).
+        ``pairwise_evals[aggregation][metric][model][covariates]``: DataFrame of
+        predictions (index) by observations (columns).
     rank_evals
         ``rank_evals[aggregation][metric]``: DataFrame with columns cov_pert, model, rank.
     conditions
@@ -110,7 +110,7 @@ class Evaluation:
 
     @property
     def model_names(self) -> list[str]:
-        """Names of the models, in the order given."""
+        """Names of the models in the given order."""
         return list(self._models)
 
     # ------------------------------------------------------------------------------------------- aggregation
@@ -121,15 +121,15 @@ class Evaluation:
         n_components: int = 100,
         pseudocount: float = 0.1,
     ) -> dict:
-        """Fill and return ``aggr[aggr_method]``.
+        """Compute, store and return ``aggr[aggr_method]``.
 
         Parameters
         ----------
         aggr_method
             average, logfc, scores, logp, pca, pca_average or none.
         use_control_variance
-            For scores and logp: give each predicted gene the variance that it has in the controls, for models
-            that predict a mean and no spread.
+            For scores and logp: use the variance of the controls for predicted genes, for models that predict only a
+            mean.
         n_components
             For pca and pca_average.
         pseudocount
@@ -190,12 +190,12 @@ class Evaluation:
         for owner, label in spread:
             if len(owner.rows[group, label]) < 2:
                 raise DataError(
-                    f"{aggr_method} compares variances, and there is one cell of {group}_{label} in "
+                    f"{aggr_method} compares variances, but there is one cell of {group}_{label} in "
                     f"{owner.title[0].lower()}{owner.title[1:]}: give at least two."
                 )
         controls = source.of(group, self.ctrl)
         perturbed = [cells.of(group, p) for p in self._groups[group]]
-        # Squares are rounded in this dtype, and the variance of a constant gene is nothing but that rounding.
+        # Squares are rounded in this dtype; the variance of a constant gene is this rounding error.
         dtype = np.result_type(controls, *perturbed)
         control_mean, control_variance = metrics.mean_and_variance(controls.astype(dtype, copy=False))
         moments = [metrics.mean_and_variance(x.astype(dtype, copy=False)) for x in perturbed]
@@ -215,16 +215,16 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------ scores
     def evaluate(self, aggr_method: str, metric: str, **metric_kwargs: Any) -> pd.DataFrame:
-        """Score every condition; fill and return ``evals[aggr_method][metric]``.
+        """Score every condition; store and return ``evals[aggr_method][metric]``.
 
         Parameters
         ----------
         aggr_method
-            An aggregation; made with its defaults if `aggregate` has not made it.
+            An aggregation; computed with default settings unless `aggregate` was called for it.
         metric
             rmse, mse, mae, pearson, cosine, r2_score, top_k_recall (keyword k = 50), or mmd for pca and none.
         metric_kwargs
-            Keywords of the metric.
+            Keyword arguments of the metric.
         """
         self._prepare(aggr_method, metric, metric_kwargs)
         reuse = self._pairwise_kwargs.get((aggr_method, metric)) == metric_kwargs
@@ -240,7 +240,7 @@ class Evaluation:
         return frame
 
     def evaluate_pairwise(self, aggr_method: str, metric: str, **metric_kwargs: Any) -> dict:
-        """Compare each prediction of a group with all its observations; fill and return ``pairwise_evals``.
+        """Compare each prediction with all observations of its group; store and return ``pairwise_evals``.
 
         Parameters are those of `evaluate`.
         """
@@ -254,12 +254,12 @@ class Evaluation:
         return result
 
     def evaluate_rank(self, aggr_method: str, metric: str, **metric_kwargs: Any) -> pd.DataFrame:
-        """Rank each condition's own prediction among its group's; fill and return ``rank_evals``.
+        """Rank each condition's own prediction among those of its group; store and return ``rank_evals``.
 
-        The group's n predictions are ordered by closeness to the observation; the rank is the position of the
-        condition's own, from 0, divided by n - 1: 0 is perfect, 0.5 chance, and a group of one condition
-        ranks 0. Of equal distances the alphabetically first condition is the closer, of equal similarities
-        the last, so that predictions that are all alike rank 0.5 on average.
+        The n predictions of the group are sorted by closeness to the condition's observation. The rank is the position
+        of its own prediction, counted from 0, divided by n - 1: 0 is perfect, 0.5 is chance. The only condition of a
+        group has rank 0. Among equal distances the alphabetically first condition counts as closer, among equal
+        similarities the last, so that identical predictions have rank 0.5 on average.
 
         Parameters are those of `evaluate`.
         """
@@ -290,7 +290,7 @@ class Evaluation:
     def _compare(
         self, aggr_method: str, metric: str, model: str, group: str, metric_kwargs: dict, paired: bool
     ) -> np.ndarray:
-        """Scores of a group: shape (n, n), prediction by observation, or (n,) when paired."""
+        """Scores of a group: shape (n, n), predictions by observations, or (n,) if paired."""
         predicted = list(self.aggr[aggr_method][model][group].values())
         observed = list(self.aggr[aggr_method][REFERENCE][group].values())
         pairs = list(zip(predicted, observed, strict=True))
@@ -314,7 +314,7 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------ checks
     def _match_conditions(self) -> pd.DataFrame:
-        """The conditions of the reference, sorted, after a check that every model predicts exactly these."""
+        """The sorted conditions of the reference; `DataError` unless every model predicts exactly these."""
         wanted = {key for key in self._ref.rows if key[1] != self.ctrl}
         if not wanted:
             raise DataError(f"The reference has no perturbed cells: every {self.pert_col} is {self.ctrl!r}.")
@@ -345,7 +345,7 @@ class Evaluation:
 
 
 class _Cells:
-    """Cells of one AnnData by condition: row numbers, checked labels, and genes in the order asked for."""
+    """Cells of one AnnData by condition, with checked labels and genes in a given order."""
 
     def __init__(self, name: str, adata: AnnData, genes: Iterable[str], pert_col: str, cov_cols: Sequence[str]) -> None:
         self.name, self._x = name, adata.X
@@ -363,7 +363,7 @@ class _Cells:
 
     @property
     def title(self) -> str:
-        """How an error names these cells."""
+        """Name of these cells in messages."""
         return "The reference" if self.name == REFERENCE else f"Model {self.name!r}"
 
     def _take(self, genes: Iterable[str]) -> None:
@@ -376,7 +376,7 @@ class _Cells:
         self._columns = slice(None) if whole else columns
 
     def check_no_more_genes(self, genes: np.ndarray) -> None:
-        """Raise `DataError` if there are genes besides these."""
+        """Raise `DataError` if there are other genes."""
         extra = self._names.difference(genes, sort=False)
         if len(extra):
             raise DataError(
@@ -385,7 +385,7 @@ class _Cells:
             )
 
     def select(self, features: Iterable[str] | None) -> np.ndarray:
-        """Keep these genes, in the order they have in the data; return their names."""
+        """Keep these genes, in the order of the data; return their names."""
         if features is not None:
             asked = pd.Index(features)
             if not len(asked):
@@ -420,7 +420,7 @@ class _Cells:
         return block if block.dtype in (np.float32, np.float64) else block.astype(np.float32)
 
     def of(self, group: str, perturbation: str) -> np.ndarray:
-        """Cells of a condition, shape (n_cells, n_genes); a view where they lie together in a dense X."""
+        """Cells of a condition, shape (n_cells, n_genes); a view if they are adjacent in a dense X."""
         rows = self.rows[group, perturbation]
         if rows[-1] - rows[0] == len(rows) - 1:
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -431,7 +431,7 @@ class _Cells:
         return self.of(group, perturbation).mean(axis=0, dtype=np.float64)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All cells, a dense block at a time."""
+        """Yield all cells in dense blocks."""
         for start in range(0, self._x.shape[0], _BLOCK):
             yield self._dense(slice(start, start + _BLOCK))
 
@@ -440,20 +440,18 @@ class _Cells:
         values = (self._x.data,) if sparse.issparse(self._x) else self.blocks()
         bad = sum(int(block.size - np.isfinite(block).sum()) for block in values)
         if bad:
-            raise DataError(
-                f"{self.title} has {bad} values that are NaN or infinite: a score of them would mean nothing."
-            )
+            raise DataError(f"{self.title} has {bad} values that are NaN or infinite: remove them before scoring.")
 
 
 def check_pipeline(aggregation: str, metric: str) -> None:
-    """Raise `DataError` unless the aggregation and the metric exist and fit each other."""
+    """Raise `DataError` unless aggregation and metric exist and can be combined."""
     _check_choice("aggregation", aggregation, AGGREGATIONS)
     _check_choice("metric", metric, METRICS)
     if (metric == CELL_METRIC) != (aggregation in CELL_AGGREGATIONS):
         cells = " and ".join(CELL_AGGREGATIONS)
         raise DataError(
-            f"Metric {metric!r} does not fit aggregation {aggregation!r}: {CELL_METRIC} compares the cells "
-            f"of {cells}, every other metric one vector a condition."
+            f"Metric {metric!r} cannot be combined with aggregation {aggregation!r}: {CELL_METRIC} compares the cells "
+            f"of {cells}, every other metric one vector per condition."
         )
 
 
@@ -472,7 +470,9 @@ def _named_models(
     names = [f"model_{i}" for i in range(len(adatas))] if names is None else names
     names = [names] if isinstance(names, str) else list(names)
     if not len(adatas) or len(names) != len(adatas):
-        raise DataError(f"There are {len(adatas)} model AnnDatas and {len(names)} names: give as many, at least one.")
+        raise DataError(
+            f"There are {len(adatas)} model AnnDatas and {len(names)} names: give one name for each, at least one."
+        )
     if len(set(names)) < len(names) or REFERENCE in names:
         raise DataError(f"Model names must differ from each other and from {REFERENCE!r}: {_some(names)}.")
     return dict(zip(names, adatas, strict=True))
@@ -492,6 +492,6 @@ def _keys(conditions: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{group}_{perturbation}" for group, perturbation in sorted(conditions)]
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
+def _some(names: Iterable[str], limit: int = 5) -> str:
     names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

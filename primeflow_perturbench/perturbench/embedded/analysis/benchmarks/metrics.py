@@ -1,8 +1,7 @@
 """Aggregations and metrics of the evaluation: arrays in, arrays out.
 
-An aggregation turns the cells of a condition, shape (n_cells, n_genes), into what a metric compares. The
-metrics compare every prediction of a covariate group with every observation of it, so that a score is the
-diagonal of the matrix they give and a rank is a column of it.
+An aggregation summarizes the cells of a condition, shape (n_cells, n_genes). A metric compares every prediction of a
+covariate group with every observation and returns a matrix: its diagonal holds the scores, its columns give the ranks.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ _NEAR = 1e-3
 def mean_and_variance(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and unbiased variance of every gene, in float64.
 
-    The variance is ``E[x^2] - E[x]^2`` with squares in the dtype of the cells, as scanpy's t-test computes
-    it. A gene that all cells express alike then has a variance of rounding error, not of zero, and a huge
-    score.
+    The variance is ``E[x^2] - E[x]^2`` with squares in the dtype of the cells, as in scanpy's t-test. The variance of a
+    gene that all cells express equally is therefore a rounding error instead of zero, and its score is huge.
 
     Parameters
     ----------
@@ -60,7 +58,7 @@ def log_fold_change(mean: np.ndarray, control_mean: np.ndarray, pseudocount: flo
     control_mean
         Mean expression of the control cells, shape (n_genes,).
     pseudocount
-        Keeps the logarithm of a silent gene finite.
+        Keeps the logarithm finite for genes without expression.
     """
     return np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
 
@@ -72,17 +70,17 @@ def t_scores(
     control_mean: np.ndarray,
     control_variance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Welch's t of every gene against the controls, whose variance counts as that of a small group.
+    """Welch's t of every gene against the controls, treated as a group of n cells as well.
 
-    ``t = (mean - control_mean) / sqrt((variance + control_variance) / n)``, n the cells of the condition:
-    `scanpy.tl.rank_genes_groups(method="t-test_overestim_var", reference=control)`.
+    ``t = (mean - control_mean) / sqrt((variance + control_variance) / n)``, with n the number of cells of the
+    condition, as in     `scanpy.tl.rank_genes_groups(method="t-test_overestim_var", reference=control)`.
 
     Parameters
     ----------
     mean, variance
         Of each condition, shape (n_conditions, n_genes).
     n_cells
-        Cells of each condition, shape (n_conditions,).
+        Number of cells of each condition, shape (n_conditions,).
     control_mean, control_variance
         Of the control cells, shape (n_genes,).
 
@@ -138,12 +136,11 @@ class PrincipalComponents:
         Parameters
         ----------
         blocks
-            Called twice; each time gives an iterable of dense blocks of cells, each of shape (n_block,
-            n_genes).
+            Called twice; returns an iterable of dense blocks of cells, each of shape (n_block, n_genes).
         n_genes
             Number of genes.
         n_components
-            At most this many; fewer where the cells span fewer dimensions.
+            Maximum number of components; fewer if the cells span fewer dimensions.
         """
         total, n_cells = np.zeros(n_genes), 0
         for block in blocks():
@@ -151,39 +148,39 @@ class PrincipalComponents:
             n_cells += block.shape[0]
         mean = total / n_cells
         if n_cells < n_genes:
-            # The left singular vectors come from the small side: as many equations as cells, not as genes.
-            centred = np.concatenate([block - mean for block in blocks()])
-            vectors = _top_eigenvectors(centred @ centred.T, n_components)
-            components, _ = np.linalg.qr(centred.T @ vectors)
+            # With fewer cells than genes, the eigenvectors of the (n_cells, n_cells) matrix are cheaper.
+            centered = np.concatenate([block - mean for block in blocks()])
+            vectors = _top_eigenvectors(centered @ centered.T, n_components)
+            components, _ = np.linalg.qr(centered.T @ vectors)
             return cls(mean, components)
         scatter = np.zeros((n_genes, n_genes))
         for block in blocks():
-            centred = torch.from_numpy(block - mean).float()
-            scatter += (centred.T @ centred).numpy()
+            centered = torch.from_numpy(block - mean).float()
+            scatter += (centered.T @ centered).numpy()
         return cls(mean, _top_eigenvectors(scatter, n_components))
 
     def transform(self, cells: np.ndarray) -> np.ndarray:
-        """Cells (n_cells, n_genes) to components (n_cells, n_components), float32."""
-        centred = torch.from_numpy(cells - self.mean.astype(cells.dtype)).float()
-        return (centred @ torch.from_numpy(self.components).float()).numpy()
+        """Project cells (n_cells, n_genes) to components (n_cells, n_components), float32."""
+        centered = torch.from_numpy(cells - self.mean.astype(cells.dtype)).float()
+        return (centered @ torch.from_numpy(self.components).float()).numpy()
 
     def transform_mean(self, mean: np.ndarray) -> np.ndarray:
-        """The mean of transformed cells, from the mean of the cells; float64."""
+        """Mean of the projected cells, from the mean of the cells; float64."""
         return (mean - self.mean) @ self.components
 
 
 def _top_eigenvectors(symmetric: np.ndarray, n: int) -> np.ndarray:
     size = len(symmetric)
-    # One thread: LAPACK's take turns here, and beside torch's they wait for each other ten times as long.
+    # One thread: LAPACK's threads compete with those of torch, which takes ten times as long.
     with threadpool_limits(1):
         values, vectors = eigh(symmetric, subset_by_index=(max(0, size - n), size - 1))
-    # Directions without variance are arbitrary, and a prediction must not be measured along them.
+    # Directions without variance are arbitrary; predictions must not be compared along them.
     rank = max(1, int((values > 1e-7 * values[-1]).sum()))
     return vectors[:, ::-1][:, :rank].copy()
 
 
 # --------------------------------------------------------------------------------------------------- metrics
-# Each takes predicted (n, G) and observed (m, G) and gives (n, m): entry (i, j) is prediction i against
+# Each metric compares predicted (n, G) with observed (m, G) and returns (n, m): entry (i, j) is prediction i against
 # observation j.
 def mse(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Mean squared error, ``mean_g (x_g - y_g)^2``."""
@@ -201,34 +198,34 @@ def mae(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
 
 
 def cosine(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Cosine similarity, ``x . y / (|x| |y|)``; 0 where either is the zero vector."""
+    """Cosine similarity ``x . y / (|x| |y|)``; 0 if either is the zero vector."""
     return _unit_rows(predicted) @ _unit_rows(observed).T
 
 
 def pearson(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Pearson correlation over genes; 0 where either is constant."""
-    return cosine(_centred_rows(predicted), _centred_rows(observed))
+    """Pearson correlation over genes; 0 if either is constant."""
+    return cosine(_centered_rows(predicted), _centered_rows(observed))
 
 
 def r2_score(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """``1 - sum_g (x_g - y_g)^2 / sum_g (x_g - mean(x))^2``, x the prediction.
 
-    This is `sklearn.metrics.r2_score(prediction, observation)`, in that argument order. A constant prediction
-    gets 1 where it equals the observation and 0 elsewhere.
+    Equals `sklearn.metrics.r2_score(prediction, observation)` with this order of arguments. A constant prediction
+    scores 1 if it equals the observation, else 0.
     """
     residual = cdist(predicted, observed, "sqeuclidean")
-    total = (_centred_rows(predicted) ** 2).sum(axis=1)[:, None]
+    total = (_centered_rows(predicted) ** 2).sum(axis=1)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(total > 0, 1 - residual / total, np.where(residual == 0, 1.0, 0.0))
 
 
 def top_k_recall(predicted: np.ndarray, observed: np.ndarray, k: int = 50) -> np.ndarray:
-    """Share of the observation's k largest genes, by absolute value, among the prediction's k largest.
+    """Fraction of the observation's k largest genes, by absolute value, among the prediction's k largest.
 
-    Of equal values the earlier gene counts as larger. With fewer than k genes, k is their number.
+    Among equal values the earlier gene counts as larger. With fewer than k genes, k is their number.
     """
     if k < 1:
-        raise DataError(f"top_k_recall needs k of at least 1, got {k}.")
+        raise DataError(f"top_k_recall: expected k of at least 1, found {k}.")
     k = min(k, predicted.shape[1])
     return _top_k_mask(predicted, k) @ _top_k_mask(observed, k).T / k
 
@@ -238,10 +235,10 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, norm, out=np.zeros_like(rows, dtype=np.float64), where=norm > 0)
 
 
-def _centred_rows(rows: np.ndarray) -> np.ndarray:
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    # The mean of equal numbers may miss them by a rounding error, which no correlation should be made of.
-    return np.where(np.ptp(rows, axis=1, keepdims=True) == 0, 0.0, centred)
+def _centered_rows(rows: np.ndarray) -> np.ndarray:
+    centered = rows - rows.mean(axis=1, keepdims=True)
+    # The mean of equal numbers may differ from them by rounding, which must not become a correlation.
+    return np.where(np.ptp(rows, axis=1, keepdims=True) == 0, 0.0, centered)
 
 
 def _top_k_mask(rows: np.ndarray, k: int) -> np.ndarray:
@@ -252,10 +249,10 @@ def _top_k_mask(rows: np.ndarray, k: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------- energy distance
 def mean_distances(predicted: Sequence[np.ndarray], observed: Sequence[np.ndarray]) -> np.ndarray:
-    """``E|x - y|`` between each predicted and each observed set of cells, over all pairs of cells.
+    """``E|x - y|`` over all pairs of cells, for each predicted and each observed set of cells.
 
-    Distances come from matrix products in float32 around the common mean; pairs so near each other that this
-    loses digits are computed again from their differences. Sums over cells are kept in float64.
+    Distances come from matrix products in float32, centered on the common mean. Pairs that are too close for this are
+    recomputed from their differences. Sums over cells are in float64.
 
     Parameters
     ----------
@@ -268,31 +265,31 @@ def mean_distances(predicted: Sequence[np.ndarray], observed: Sequence[np.ndarra
         Shape (n, m).
     """
     n_all = sum(len(cells) for cells in (*predicted, *observed))
-    centre = sum(cells.sum(axis=0, dtype=np.float64) for cells in (*predicted, *observed)) / n_all
+    center = sum(cells.sum(axis=0, dtype=np.float64) for cells in (*predicted, *observed)) / n_all
     sums = np.zeros((len(predicted), len(observed)))
     for first, last in _tiles([len(cells) for cells in observed]):
-        columns = _augmented([*observed[first:last]], centre, right=True)
+        columns = _augmented([*observed[first:last]], center, right=True)
         starts = np.cumsum([0] + [len(cells) for cells in observed[first : last - 1]])
         for i, cells in enumerate(predicted):
             for row in range(0, len(cells), _ROW_TILE):
-                rows = _augmented([cells[row : row + _ROW_TILE]], centre, right=False)
+                rows = _augmented([cells[row : row + _ROW_TILE]], center, right=False)
                 sums[i, first:last] += np.add.reduceat(_column_sums(rows, columns), starts)
     sizes = np.outer([len(cells) for cells in predicted], [len(cells) for cells in observed])
     return sums / sizes
 
 
 def mean_self_distances(sets: Sequence[np.ndarray]) -> np.ndarray:
-    """``E|x - x'|`` within each set of cells, over all pairs with the diagonal; shape (n,)."""
+    """``E|x - x'|`` within each set of cells, over all pairs including the diagonal; shape (n,)."""
     return np.array([mean_distances([cells], [cells])[0, 0] for cells in sets])
 
 
 def energy_distances(between: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """``E|x - y| - E|x - x'| / 2 - E|y - y'| / 2``, which PerturBench calls mmd [SzekelyRizzo2013].
+    """``E|x - y| - E|x - x'| / 2 - E|y - y'| / 2``, the energy distance [SzekelyRizzo2013], PerturBench's ``mmd``.
 
     Parameters
     ----------
     between
-        ``E|x - y|``: shape (n, m) for all pairs of sets, (n,) for pairs of a prediction and its observation.
+        ``E|x - y|``: shape (n, m) for all pairs of sets, (n,) for each prediction and its own observation.
     predicted, observed
         ``E|x - x'|``, shape (n,), and ``E|y - y'|``, shape (m,).
     """
@@ -300,7 +297,7 @@ def energy_distances(between: np.ndarray, predicted: np.ndarray, observed: np.nd
 
 
 def _tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of whole sets with about `_COLUMN_TILE` cells together."""
+    """Ranges of consecutive sets with about `_COLUMN_TILE` cells in total."""
     tiles, first, held = [], 0, 0
     for i, length in enumerate(lengths):
         if i > first and held + length > _COLUMN_TILE:
@@ -310,14 +307,14 @@ def _tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [*tiles, (first, len(lengths))]
 
 
-def _augmented(sets: Sequence[np.ndarray], centre: np.ndarray, right: bool) -> torch.Tensor:
-    """Cells with two more columns, (-2x, |x|^2, 1) and (y, 1, |y|^2): one product gives all ``|x - y|^2``."""
-    n_cells, d = sum(len(cells) for cells in sets), len(centre)
+def _augmented(sets: Sequence[np.ndarray], center: np.ndarray, right: bool) -> torch.Tensor:
+    """Append two columns, (-2x, |x|^2, 1) or (y, 1, |y|^2), so that one product gives all ``|x - y|^2``."""
+    n_cells, d = sum(len(cells) for cells in sets), len(center)
     out = torch.empty(n_cells, d + 2)
     x = out[:, :d]
     start = 0
     for cells in sets:
-        x[start : start + len(cells)] = torch.from_numpy(np.subtract(cells, centre, dtype=cells.dtype))
+        x[start : start + len(cells)] = torch.from_numpy(np.subtract(cells, center, dtype=cells.dtype))
         start += len(cells)
     out[:, d + right] = x.square().sum(1)
     out[:, d + (not right)] = 1
@@ -327,7 +324,7 @@ def _augmented(sets: Sequence[np.ndarray], centre: np.ndarray, right: bool) -> t
 
 
 def _column_sums(rows: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
-    """Sum over the rows of their distance to every column, float64."""
+    """Sum of the distances of all rows to every column, float64."""
     d = rows.shape[1] - 2
     squared = rows @ columns.T
     row_norms, column_norms = rows[:, d], columns[:, d + 1]
@@ -337,7 +334,7 @@ def _column_sums(rows: torch.Tensor, columns: torch.Tensor) -> np.ndarray:
 
 
 def _repair(squared: torch.Tensor, x: torch.Tensor, y: torch.Tensor, limit: torch.Tensor) -> None:
-    """Compute squared distances up to `limit`, where cancellation leaves few digits, from differences."""
+    """Recompute squared distances up to ``limit``, where cancellation loses digits, from differences."""
     near_x, near_y = (squared <= limit).nonzero(as_tuple=True)
     if len(near_x) > squared.numel() // 50:
         squared.copy_(torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_())

@@ -1,4 +1,4 @@
-"""The benchmark's evaluation pipelines, and the tables that a run of them gives."""
+"""PerturBench's evaluation pipelines and the tables of their results."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ DEFAULT_PIPELINES: tuple[dict[str, Any], ...] = (
     {"aggregation": "scores", "metric": "top_k_recall", "rank": False},
     {"aggregation": "pca", "metric": "mmd", "rank": True},
 )
-"""What is scored unless something else is asked for."""
+"""The default pipelines."""
 
 MMD_PIPELINES: tuple[dict[str, Any], ...] = (
     *(pipeline for pipeline in DEFAULT_PIPELINES if pipeline["aggregation"] != "pca_average"),
     {"aggregation": "none", "metric": "mmd", "rank": True},
 )
-"""With the energy distance in gene space too, and without the mean in PCA space."""
+"""The default pipelines with the energy distance in gene space and without the mean in PCA space."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `run_pipelines` gives.
+    """Result of `run_pipelines`.
 
     Attributes
     ----------
     summary
-        Mean over the conditions: index the metric keys (``cosine_logfc``, ``rmse_rank_average``), one column
-        a model.
+        Mean over the conditions: index the metric keys (``cosine_logfc``, ``rmse_rank_average``), one column per
+        model.
     summary_by_cov
         Mean over the conditions of each covariate group: columns metric, covariates, model, value.
     per_condition
@@ -53,12 +53,12 @@ class EvaluationResult:
     per_condition: pd.DataFrame
 
     def rounded(self, digits: int = 4) -> pd.DataFrame:
-        """The summary to so many significant digits, for showing."""
+        """The summary, rounded to significant digits."""
         return round_significant(self.summary, digits)
 
 
 def metric_key(aggregation: str, metric: str, rank: bool = False) -> str:
-    """``{metric}_{aggregation}``, or ``{metric}_rank_{aggregation}`` for the rank."""
+    """Key of a metric: ``{metric}_{aggregation}``, or ``{metric}_rank_{aggregation}`` for ranks."""
     return f"{metric}_rank_{aggregation}" if rank else f"{metric}_{aggregation}"
 
 
@@ -67,16 +67,17 @@ def run_pipelines(
     pipelines: Sequence[Mapping[str, Any]] = DEFAULT_PIPELINES,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> EvaluationResult:
-    """Score all models of an evaluation.
+    """Score all models of an evaluation by these pipelines.
 
     Parameters
     ----------
     evaluation
         The cells to score.
     pipelines
-        Each a mapping of aggregation, metric and, optionally, rank: whether to rank the predictions as well.
+        Mappings with the keys aggregation, metric and optionally rank, which adds the ranks of the predictions.
     progress
-        Called before each pipeline and at the end, with the pipelines done, their number and what comes next.
+        Called before each pipeline and at the end with the number of finished pipelines, their total and the name of
+        the next one.
     """
     pipelines = [_checked(pipeline) for pipeline in pipelines]
     if not pipelines:
@@ -90,7 +91,7 @@ def run_pipelines(
         if rank:
             frame = evaluation.evaluate_rank(aggregation, metric)
             ranks = frame.rename(columns={"rank": "value"})
-        # After the ranks: their matrix of all pairs holds each condition's own score.
+        # After the ranks, because the scores are the diagonal of their matrix.
         values[metric_key(aggregation, metric)] = evaluation.evaluate(aggregation, metric).rename(
             columns={"metric": "value"}
         )
@@ -102,7 +103,7 @@ def run_pipelines(
 
 
 def round_significant(frame: pd.DataFrame, digits: int = 4) -> pd.DataFrame:
-    """Round every number to so many significant digits.
+    """Round every number to ``digits`` significant digits.
 
     Parameters
     ----------

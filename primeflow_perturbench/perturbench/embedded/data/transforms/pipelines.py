@@ -1,4 +1,4 @@
-"""From labels and matrices to the tensors a model reads."""
+"""The transform of labels and matrices to the tensors that a model reads."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from ..types import Batch
 
 
 def dense_tensor(matrix) -> Tensor:
-    """Dense float32 tensor of a numpy array, a scipy sparse matrix or a tensor."""
+    """Dense float32 tensor of a NumPy array, a SciPy sparse matrix or a tensor."""
     if isinstance(matrix, Tensor):
         return matrix.to(torch.float32)
     if sp.issparse(matrix):
@@ -27,17 +27,17 @@ class SingleCellPipeline:
     Parameters
     ----------
     perturbation_uniques
-        Perturbations in the order of the columns.
+        Perturbations in the order of the tensor's columns.
     covariate_uniques
-        Categories in the order of the columns by covariate name; ``None`` for a numeric covariate.
+        Categories by covariate name, in the order of the tensor's columns; ``None`` for a numeric covariate.
     perturbation_embeddings
-        Optional table with one row a perturbation; perturbations then become the sum of their rows, those
-        that training lacks as well.
+        Optional table with one row per perturbation. Perturbations, including those without a training cell, become
+        the sum of their rows.
 
     Raises
     ------
     DataError
-        On calling it with a perturbation or a category that it does not know, named in the message.
+        If a perturbation or category is unknown; also when the pipeline is called.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SingleCellPipeline:
             self.perturbation_vectors = torch.tensor(perturbation_embeddings.to_numpy(np.float32))
 
     def __call__(self, batch: Batch) -> Batch:
-        """The same batch with tensors in the place of labels and matrices."""
+        """Return the batch with tensors in place of labels and matrices."""
         covariates = None
         if batch.covariates is not None:
             covariates = {name: self._covariate(name, values) for name, values in batch.covariates.items()}
@@ -97,7 +97,7 @@ class SingleCellPipeline:
             )
         cells = [cell for cell, parts in enumerate(labels) for _ in parts]
         rows = [self._perturbation_rows[part] for parts in labels for part in parts]
-        # At once: an assignment a cell takes longer than all else in a batch.
+        # One assignment for all cells: one per cell would take longer than the rest of the transform.
         multi_hot[cells, rows] = 1.0
         return multi_hot if self.perturbation_vectors is None else multi_hot @ self.perturbation_vectors
 

@@ -1,4 +1,4 @@
-"""Models: the base class and the baselines."""
+"""The base class of models, and baselines."""
 
 from .base import PerturbationModel
 from .decoder_only import DecoderOnly

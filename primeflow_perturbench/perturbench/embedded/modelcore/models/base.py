@@ -1,4 +1,4 @@
-"""The base class of every model: optimiser, checkpointed context, prediction to AnnData, evaluation."""
+"""The base class of every model: optimizer, training record in checkpoints, predictions as AnnData, evaluation."""
 
 import logging
 import shutil
@@ -35,15 +35,15 @@ class PerturbationModel(L.LightningModule, ABC):
     n_perts
         Number of perturbations, P.
     transform
-        Turns labels into tensors; kept in checkpoints.
+        Converts labels to tensors; saved in checkpoints.
     context
-        Training context (vocabularies, columns); kept in checkpoints.
+        Training context (vocabularies, columns); saved in checkpoints.
     evaluation
-        Settings of the evaluation on test, see `AnnDataLitModule`.
+        Settings of the evaluation after a test, see `AnnDataLitModule`.
     embedding_width
-        Width of cell embeddings that replace expression as input.
+        Width of the cell embeddings that replace expression as input.
     perturbation_embedding_width
-        Width of perturbation embeddings that replace the multi-hot.
+        Width of the perturbation embeddings that replace the multi-hot vectors.
     lr, wd
         Learning rate (default 1e-3) and weight decay (default 1e-5) of Adam.
     lr_scheduler
@@ -51,7 +51,7 @@ class PerturbationModel(L.LightningModule, ABC):
     count_based_input_expression
         Whether the model reads raw counts instead of log1p expression.
     embedding_decoder_path
-        Accepted for the interface; decoding of embeddings is not part of the embedded benchmark.
+        Accepted for compatibility; the embedded subset does not decode embeddings.
 
     Raises
     ------
@@ -60,7 +60,7 @@ class PerturbationModel(L.LightningModule, ABC):
     """
 
     COMPATIBLE_DATASETS: tuple[str, ...] = ("SingleCellPerturbationWithControls",)
-    # Whether a test scores the predictions that it writes; if not, the caller scores them.
+    # Whether a test scores its predictions. If not, the caller scores them.
     evaluate_on_test: bool = True
 
     def __init__(
@@ -81,7 +81,9 @@ class PerturbationModel(L.LightningModule, ABC):
     ):
         super().__init__()
         if embedding_decoder_path is not None:
-            raise ValueError("embedding_decoder_path needs PerturBench itself: the embedded subset has no decoders")
+            raise ValueError(
+                "embedding_decoder_path: the embedded subset has no decoders; install PerturBench to use them"
+            )
         self.n_genes, self.n_perts = n_genes, n_perts
         self.training_record = {"transform": transform, "train_context": context}
         self.evaluation_config = evaluation
@@ -103,7 +105,7 @@ class PerturbationModel(L.LightningModule, ABC):
         """Predicted expression (cells, G) for the perturbations and covariates of a batch."""
 
     def configure_optimizers(self) -> Any:
-        """Adam, with the scheduler of ``lr_scheduler`` where one is given."""
+        """Adam, with the scheduler of ``lr_scheduler`` if one is given."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.wd)
         if not self.lr_scheduler_config:
             return optimizer
@@ -116,15 +118,15 @@ class PerturbationModel(L.LightningModule, ABC):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the training record."""
+        """Save the training record."""
         checkpoint["training_record"] = self.training_record
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the training record back."""
+        """Restore the training record."""
         self.training_record = checkpoint.get("training_record", self.training_record)
 
     def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
-        """Predicted cells of a batch with the ``obs`` that was asked for."""
+        """Predict the cells of a batch; ``obs`` describes them."""
         batch, obs = data_tuple
         with torch.no_grad():
             predicted = self.predict(batch)
@@ -133,7 +135,7 @@ class PerturbationModel(L.LightningModule, ABC):
         return predicted_anndata(predicted, obs, batch.gene_names)
 
     def on_test_start(self) -> None:
-        """Begin with an empty folder of predictions, the first process's."""
+        """Create an empty folder for predictions, the same for all processes."""
         folder = Path((self.evaluation_config or {}).get("save_dir") or ".") / "predicted_anndata"
         self._prediction_folder = Path(self.trainer.strategy.broadcast(str(folder)))
         if self.trainer.is_global_zero:
@@ -142,7 +144,7 @@ class PerturbationModel(L.LightningModule, ABC):
         self.trainer.strategy.barrier()
 
     def test_step(self, data_tuple: tuple[Batch, pd.DataFrame], batch_idx: int) -> None:
-        """Predict a chunk of test conditions and write it to disk."""
+        """Predict a batch of test conditions and write it to disk."""
         path = self._prediction_folder / f"prediction_rank{self.global_rank}_chunk_{batch_idx}.h5ad"
         write_h5ad(self.predict_anndata(data_tuple), path)
 
@@ -183,7 +185,7 @@ class PerturbationModel(L.LightningModule, ABC):
         return run_pipelines(evaluation, config.get("evaluation_pipelines"))
 
     def predict_step(self, data_tuple: tuple[Batch, pd.DataFrame], batch_idx: int) -> None:
-        """Predict a chunk of conditions and write it to ``prediction_config["output_path"]``."""
+        """Predict a batch of conditions and write it to ``prediction_config["output_path"]``."""
         folder = Path(self.prediction_config.get("output_path") or ".")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"prediction_rank{self.global_rank}_chunk_{batch_idx}.h5ad"
@@ -191,23 +193,20 @@ class PerturbationModel(L.LightningModule, ABC):
 
 
 def predicted_anndata(predicted: Tensor, obs: pd.DataFrame, gene_names: list[str]) -> ad.AnnData:
-    """AnnData of predicted cells (cells, G); sparse where most values are zero.
-
-    The cell axis stays, also for one cell.
-    """
+    """AnnData of predicted cells (cells, G), also of a single cell; sparse if most values are zero."""
     values = predicted.detach().to("cpu", torch.float32).numpy().reshape(len(obs), -1)
     matrix = sp.csr_matrix(values) if np.count_nonzero(values) < 0.4 * values.size else values
     return ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=pd.Index(gene_names, dtype=str)))
 
 
 def write_h5ad(adata: ad.AnnData, path: Path) -> None:
-    """Write to a temporary name first, so that a file of this name is always whole."""
+    """Write an h5ad file atomically."""
     with replacing(path) as temporary:
         adata.write_h5ad(temporary)
 
 
 def merge_predictions(folder: Path) -> ad.AnnData:
-    """All chunks of a folder in the order of conditions, a condition once even if two devices predicted it."""
+    """Merge the files of a folder in the order of conditions; a condition that two devices predicted counts once."""
     chunks = [ad.read_h5ad(path) for path in sorted(folder.glob("*.h5ad"))]
     seen: set[int] = set()
     kept = []
@@ -223,7 +222,7 @@ def merge_predictions(folder: Path) -> ad.AnnData:
 def with_controls(
     predicted: ad.AnnData, reference: ad.AnnData, context: Mapping[str, Any], synthetic: bool = False
 ) -> ad.AnnData:
-    """Predicted perturbed cells and control cells: the measured ones, or the predicted ones if ``synthetic``."""
+    """Predicted perturbed cells with control cells: measured ones, or predicted ones if ``synthetic``."""
     if synthetic:
         return predicted
     key, control = context["perturbation_key"], context["perturbation_control_value"]

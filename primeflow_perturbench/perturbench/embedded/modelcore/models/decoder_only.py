@@ -1,4 +1,4 @@
-"""Baseline: expression decoded from the condition alone."""
+"""Baseline: decodes expression from the condition alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,25 +11,25 @@ from .regression import Regression, output, perceptron, with_covariates
 
 
 class DecoderOnly(Regression):
-    """A perceptron of perturbations, covariates or both; it never sees a control cell.
+    """A perceptron of perturbations, covariates or both, without control cells.
 
     Parameters
     ----------
     n_genes, n_perts, transform, context, evaluation, embedding_width, perturbation_embedding_width, gene_names
-        Injected by the host, see `PerturbationModel`. Cell embeddings are not read.
+        Passed by PerturBench, see `PerturbationModel`. Cell embeddings are ignored.
     n_layers, encoder_width
-        Hidden layers and their units.
+        Number and width of the hidden layers.
     softplus_output
         Make predictions positive.
     use_covariates, use_perturbations
-        What is decoded; at least one.
+        Inputs of the decoder; at least one.
     lr, wd, lr_scheduler
         See `PerturbationModel`.
 
     Raises
     ------
     DataError
-        If a size is not positive or nothing is decoded.
+        If a size is not positive or the decoder has no input.
     """
 
     COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls")
@@ -71,7 +71,7 @@ class DecoderOnly(Regression):
         n_inputs = use_perturbations * self.n_input_perturbation_features + use_covariates * self.n_total_covariates
         if not n_inputs:
             raise DataError(
-                "there is nothing to decode: set use_perturbations, or use_covariates with data that have covariates"
+                "the decoder has no input: set use_perturbations, or use_covariates with data that have covariates"
             )
         self.decoder = perceptron(n_inputs, encoder_width, n_layers, n_genes)
 

@@ -1,4 +1,4 @@
-"""Baseline: the latent of the controls plus the latent of the perturbation, decoded."""
+"""Baseline: decodes the sum of a latent of the controls and a latent of the perturbation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,24 +15,25 @@ class LatentAdditive(Regression):
     Parameters
     ----------
     n_genes, n_perts, transform, context, evaluation, embedding_width, perturbation_embedding_width, gene_names
-        Injected by the host, see `PerturbationModel`. Cell embeddings replace the controls' expression as input.
+        Passed by PerturBench, see `PerturbationModel`. Cell embeddings replace the
+        expression of the controls as input.
     n_layers, encoder_width
-        Hidden layers and their units, of each perceptron.
+        Number and width of the hidden layers of each perceptron.
     latent_dim
         Width of the latent space.
     softplus_output
         Make predictions positive.
     inject_covariates_encoder, inject_covariates_decoder
-        Give the covariates to the encoder of the controls, to the decoder.
+        Add the covariates to the inputs of the control encoder, of the decoder.
     dropout
-        Share of hidden units dropped in training.
+        Fraction of hidden units dropped in training.
     lr, wd, lr_scheduler
         See `PerturbationModel`.
 
     Raises
     ------
     DataError
-        If a size is not positive or dropout no probability.
+        If a size is not positive or dropout is not a probability.
     """
 
     def __init__(

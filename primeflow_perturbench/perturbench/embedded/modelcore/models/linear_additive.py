@@ -1,4 +1,4 @@
-"""Baseline: controls plus a linear effect."""
+"""Baseline: controls plus a linear effect of the perturbation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ class LinearAdditive(Regression):
     Parameters
     ----------
     n_genes, n_perts, transform, context, evaluation, embedding_width, perturbation_embedding_width, gene_names
-        Injected by the host, see `PerturbationModel`.
+        Passed by PerturBench, see `PerturbationModel`.
     inject_covariates
-        Map perturbations and covariates: ``controls + W [p, covariates]``.
+        Include the covariates in the map: ``controls + W [p, covariates]``.
     lr, wd, lr_scheduler
         See `PerturbationModel`.
     """
@@ -53,7 +53,7 @@ class LinearAdditive(Regression):
         self.inject_covariates = inject_covariates
         n_covariates = self.n_total_covariates if inject_covariates else 0
         self.effect = nn.Linear(self.n_input_perturbation_features + n_covariates, n_genes, bias=False)
-        # A perturbation has no effect until a cell shows one.
+        # A perturbation without training cells has no effect.
         nn.init.zeros_(self.effect.weight)
 
     def forward(self, batch: Batch) -> Tensor:

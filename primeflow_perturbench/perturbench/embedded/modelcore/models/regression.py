@@ -1,4 +1,4 @@
-"""What the baselines share: a mean squared error, the controls of a batch, a perceptron."""
+"""Shared parts of the baselines: mean squared error, controls of a batch, perceptron."""
 
 from abc import abstractmethod
 from itertools import pairwise
@@ -13,7 +13,7 @@ from .base import PerturbationModel
 
 
 class Regression(PerturbationModel):
-    """Deterministic prediction of a cell's expression, trained with the mean squared error."""
+    """A deterministic prediction of expression, trained with the mean squared error."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -24,12 +24,12 @@ class Regression(PerturbationModel):
         return self(batch)
 
     def on_fit_start(self) -> None:
-        """Remember the seed of the run."""
+        """Store the seed of the run."""
         self._seed = torch.initial_seed()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean squared error of a batch."""
-        # Dropout draws from torch's own stream: a restarted run must draw what an unbroken one would have drawn.
+        # Dropout uses torch's global generator: reseed it so that a resumed run draws the same as an uninterrupted one.
         stream = [self._seed % 2**32, self.global_rank, self.current_epoch, batch_idx]
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1)[0]))
         return self._loss("train_loss", batch)
@@ -46,37 +46,37 @@ class Regression(PerturbationModel):
 
 
 def controls_of(batch: Batch) -> Tensor:
-    """Control expression (B, G): the matched controls, or the cells of a batch that holds only controls."""
+    """Control expression (B, G): the matched controls, or the cells themselves if the batch has only controls."""
     return batch.gene_expression if batch.controls is None else batch.controls
 
 
 def control_embeddings_of(batch: Batch) -> Tensor:
-    """Embeddings (B, E) of what `controls_of` gives."""
+    """Embeddings (B, E) of the cells that `controls_of` returns."""
     return batch.embeddings if batch.control_embeddings is None else batch.control_embeddings
 
 
 def with_covariates(x: Tensor, batch: Batch, inject: bool) -> Tensor:
-    """``x`` (B, n), and beside it the covariates of the batch if ``inject``."""
+    """Concatenate ``x`` (B, n) and the covariates of the batch if ``inject``."""
     if not inject or not batch.covariates:
         return x
     return torch.cat([x, *batch.covariates.values()], dim=-1)
 
 
 def perceptron(n_inputs: int, width: int, n_layers: int, n_outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """Perceptron with ``n_layers`` hidden layers: linear, layer normalisation, ReLU, dropout.
+    """Perceptron with ``n_layers`` hidden layers: linear, layer normalization, ReLU, dropout.
 
     Raises
     ------
     DataError
-        If a size is not positive or dropout no probability.
+        If a size is not positive or dropout is not a probability.
     """
     if min(n_inputs, width, n_layers, n_outputs) < 1:
         raise DataError(
-            f"a perceptron needs positive sizes, got {n_inputs} inputs, width {width}, {n_layers} layers, "
+            f"perceptron: expected positive sizes, found {n_inputs} inputs, width {width}, {n_layers} layers, "
             f"{n_outputs} outputs"
         )
     if not 0 <= dropout < 1:
-        raise DataError(f"dropout must be at least 0 and below 1, got {dropout}")
+        raise DataError(f"dropout: expected at least 0 and below 1, found {dropout}")
     sizes = [n_inputs, *[width] * n_layers]
     hidden = [
         layer
@@ -87,5 +87,5 @@ def perceptron(n_inputs: int, width: int, n_layers: int, n_outputs: int, dropout
 
 
 def output(values: Tensor, softplus: bool) -> Tensor:
-    """Values as they are, or positive through a softplus."""
+    """Return the values, made positive by a softplus if ``softplus``."""
     return nn.functional.softplus(values) if softplus else values
