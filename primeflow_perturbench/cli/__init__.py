@@ -6,12 +6,12 @@ import sys
 
 COMMANDS = {
     "train": "train a model on an h5ad file, generate the held-out conditions and score them",
-    "predict": "generate the conditions of a table with a trained model",
-    "evaluate": "score predicted cells against measured ones, without a model",
-    "share": "write a trained model as a folder of tensors and JSON that others can load",
-    "data": "download the benchmark's data, preprocess counts, check whether a file will train",
+    "predict": "generate cells of the conditions in a table with a trained model",
+    "evaluate": "score a file of predicted cells against a file of measured cells",
+    "share": "write a trained model as a folder of safetensors and JSON, to share with others",
+    "data": "download benchmark data, preprocess counts, check whether a file is ready for training",
     "sweep": "run many trainings: ablations, leaderboards, searches, on one machine or a cluster",
-    "leaderboard": "make tables, statistics, figures and one page of finished runs",
+    "leaderboard": "compare finished runs: tables, statistics, figures and one page",
 }
 
 EXAMPLES = """\
@@ -23,17 +23,17 @@ examples:
   primeflow evaluate predicted.h5ad measured.h5ad --covariate-keys cell_type
   primeflow sweep ablation=guidance seed=0,1,2 && primeflow leaderboard runs/ --output leaderboard
 
-The settings of train and predict are Hydra overrides: --help lists them, --cfg job prints a composed configuration.
+Settings of train and predict are Hydra overrides: --help lists them, --cfg job prints the composed configuration.
 """
 
 
 def main() -> None:
-    """Entry point: hand over to the subcommand's module."""
+    """Parse the subcommand and run its module."""
     from primeflow_perturbench import __version__
 
     parser = argparse.ArgumentParser(
         prog="primeflow",
-        description="PRiMeFlow: generate the cells that a perturbation would give.",
+        description="PRiMeFlow generates the cells that a perturbation would produce.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,8 +43,8 @@ def main() -> None:
         commands.add_parser(name, help=text, add_help=False)
     chosen = parser.parse_args(sys.argv[1:2])
     module = importlib.import_module(f"primeflow_perturbench.cli.{chosen.command}")
-    # Each subcommand is a script of its own: a launcher of several processes repeats `python argv[0] argv[1:]`, and
-    # would repeat `python -m primeflow_perturbench`, without the subcommand, of a main module that has a spec.
+    # Lightning's launcher starts further processes with `python argv[0] argv[1:]`, or with `python -m MODULE argv[1:]`
+    # if the main module has a spec. Make the subcommand's file argv[0] and drop the spec, else the command gets lost.
     sys.argv = [module.__file__, *sys.argv[2:]]
     sys.modules["__main__"].__spec__ = None
     module.main()

@@ -1,4 +1,4 @@
-"""What the subcommands share: the console, and how bad input is answered."""
+"""Shared by the subcommands: the console, and how errors end a command."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.logging import RichHandler
 
-# The first process on a machine, where that has started this one, or the launcher of both.
+# The launcher of this process: the first process of a run, torchrun or srun.
 PARENT = os.getppid()
-# Longer than the first process takes to end, or a launcher to end the others once one has failed.
+# Longer than the first process needs to print its error, or a launcher needs to end the other processes.
 GRACE_SECONDS = 15
-# What gloo, NCCL and the store of all processes say where one at the other end is gone.
+# Parts of the messages of gloo, NCCL and TCPStore when another process is gone.
 LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -24,12 +24,12 @@ LOST = (
 
 
 def is_first() -> bool:
-    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    """Whether this is the first process of a run, or the only one."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def make_console() -> Console:
-    """Console for people, silent but on the first of several processes; our warnings in plain sentences."""
+    """Console that only the first process prints to; log messages are printed on it without decoration."""
     console = Console(quiet=not is_first())
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
@@ -38,13 +38,17 @@ def make_console() -> Console:
 
 
 def quieten_lightning() -> None:
-    """Let Lightning report errors alone; to be called once it is imported, for then it sets its loggers."""
+    """Let Lightning log errors only. Call it after the import of Lightning, which sets its log levels."""
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def answering(work: Callable[[], object]) -> None:
-    """Do the work; bad input ends with one sentence and status 2, another process's end with a note and status 1."""
+    """Do the work and turn errors into exit statuses.
+
+    Invalid input prints one sentence and exits with status 2. The loss of another process of the run prints a note and
+    exits with status 1. Any other error is a bug and shows its traceback.
+    """
     from hydra.errors import InstantiationException
     from omegaconf.errors import MissingMandatoryValue
 
@@ -56,30 +60,34 @@ def answering(work: Callable[[], object]) -> None:
     try:
         work()
     except MissingMandatoryValue as error:
-        refuse(f"{error.full_key} must be given: add {error.full_key}=VALUE")
+        exit_with_error(f"{error.full_key} must be given: add {error.full_key}=VALUE")
     except InstantiationException as error:
-        # A wrong value or an unknown name in the settings; anything else is a fault of ours and shows its trace.
+        # Hydra wraps the error of an object that rejects a value or an unknown setting.
         for cause in (error.__cause__, getattr(error.__cause__, "__cause__", None)):
             if isinstance(cause, ValueError | TypeError):
-                refuse(str(cause))
+                exit_with_error(str(cause))
         raise
     except (InputError, DataError) as error:
-        refuse(str(error))
+        exit_with_error(str(error))
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
         if is_first():
-            Console(stderr=True).print("Another process of this run has ended, and this one with it.", soft_wrap=True)
+            message = "Another process of this run has ended, so this one ends too."
+            Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(1)
 
 
-def refuse(sentence: str) -> None:
-    """Print why and end with status 2; where all of several processes would say the same, the first alone does."""
+def exit_with_error(message: str) -> None:
+    """Print the message and exit with status 2.
+
+    All processes of a run usually fail with the same message, so the others give the first one time to print it.
+    """
     if not is_first():
         end = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < end:
             time.sleep(0.2)
             if os.getppid() != PARENT:
                 sys.exit(2)
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {sentence}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
     sys.exit(2)

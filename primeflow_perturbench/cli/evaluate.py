@@ -1,4 +1,4 @@
-"""``primeflow evaluate``: score a file of predicted cells against a file of measured ones."""
+"""``primeflow evaluate``: score a file of predicted cells against a file of measured cells."""
 
 import argparse
 
@@ -9,7 +9,7 @@ def parse() -> argparse.Namespace:
     """Arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="primeflow evaluate",
-        description="Score predicted cells against measured ones with PerturBench's metrics, or a challenge's.",
+        description="Score predicted cells against measured cells with PerturBench's metrics, or a challenge's.",
     )
     parser.add_argument("predicted", help="h5ad of predicted cells")
     parser.add_argument("measured", help="h5ad of measured cells of the same conditions, with controls")
@@ -20,10 +20,14 @@ def parse() -> argparse.Namespace:
         "--pipelines",
         choices=["paper", "default", "mmd"],
         default="paper",
-        help="the paper's metrics, or PerturBench's default or mmd set (default: %(default)s)",
+        help="metrics of the paper, or PerturBench's default or mmd set (default: %(default)s)",
     )
-    parser.add_argument("--synthetic-controls", action="store_true", help="keep the predicted control cells")
-    parser.add_argument("--output", help="folder for the tables: summary, by covariate, by condition")
+    parser.add_argument(
+        "--synthetic-controls",
+        action="store_true",
+        help="score against the predicted control cells instead of the measured ones",
+    )
+    parser.add_argument("--output", help="folder for tables of the scores: means, by covariate, by condition")
     challenge = parser.add_argument_group(
         "Virtual Cell Challenge", "metrics of a year's own library (extra `vcc`), each row in a process of its own"
     )

@@ -1,4 +1,4 @@
-"""``primeflow predict``: generate the conditions of a table with a trained model: a Hydra application."""
+"""``primeflow predict``: generate the conditions of a table with a trained model. A Hydra application."""
 
 import hydra
 from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""Checkpoints and the averaged weights in them."""
+"""Checkpoints, and the averaged weights in them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-# What reaches all processes of a run.
+# Exceptions that reach all processes of a run.
 TOGETHER = (KeyboardInterrupt, SIGTERMException)
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint` that also saves the step at which ``max_steps`` ends a run.
+    """Lightning's `ModelCheckpoint` that also saves the last step of a run, and fails cleanly in several processes.
 
-    Takes the arguments of `ModelCheckpoint`.
+    It takes the arguments of `ModelCheckpoint`. It calls `_monitor_candidates`, `_save_topk_checkpoint` and
+    `_save_last_checkpoint` and overrides `_should_save_on_exception`, which are private methods of Lightning, so
+    pyproject.toml caps Lightning's version.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save as Lightning does, and at the end of the run."""
+        """Save as Lightning does, and at step ``max_steps``."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ends = trainer.global_step == trainer.max_steps and self._last_global_step_saved != trainer.global_step
         if ends and not trainer.fast_dev_run:
@@ -32,23 +34,23 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save as Lightning does, but not where one of several processes fails: it would wait for the others for ever.
+        """Save as Lightning does, unless one of several processes fails alone.
 
-        They wait for its gradients meanwhile.
+        Saving waits for all processes, but the others wait for the gradients of the failed one.
         """
         if trainer.world_size == 1 or isinstance(exception, TOGETHER):
             super().on_exception(trainer, pl_module, exception)
 
     def _should_save_on_exception(self, trainer: L.Trainer) -> bool:
-        # In a validation the average stands in the place of the weights in training: saved then, they would be swapped.
+        # During validation the model holds the averaged weights: a checkpoint would swap them with the training weights.
         return super()._should_save_on_exception(trainer) and not trainer.validating
 
 
 def average_with_warm_up(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Exponential moving average whose n-th update uses ``min(decay, (1 + n) / (10 + n))``.
+    """Exponential moving average whose n-th update uses the decay ``min(decay, (1 + n) / (10 + n))``.
 
-    Without the warm-up a run of fewer steps than a few times ``1 / (1 - decay)`` would still hold much of its random
-    first weights: at 0.999, a third of them after 1,000 steps.
+    Without this warm-up the average of a short run would consist of its random initial weights for a large part: a
+    third after 1,000 steps at a decay of 0.999.
 
     Returns
     -------
@@ -57,7 +59,7 @@ def average_with_warm_up(decay: float) -> Callable[[list[Tensor], list[Tensor], 
 
     def update(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
         if not averages[0].is_floating_point():
-            # Lists are of one type. Whole numbers, such as the order of the genes, have no average.
+            # A list holds tensors of one type. Whole numbers, such as the order of the genes, are copied.
             torch._foreach_copy_(averages, weights)
             return
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
@@ -66,11 +68,11 @@ def average_with_warm_up(decay: float) -> Callable[[list[Tensor], list[Tensor], 
 
 
 class AveragedWeights(WeightAveraging):
-    """Exponential moving average of the weights, with a warm-up, which a test after training uses.
+    """Exponential moving average of the weights with a warm-up; tests after training use it.
 
-    A checkpoint holds the average as ``state_dict`` and the weights in training beside it. Lightning 2.6 puts
-    the latter back whenever a checkpoint is loaded by a trainer that has trained, so that
-    ``trainer.fit`` followed by ``trainer.test(ckpt_path="best")`` would test weights that were not averaged.
+    A checkpoint holds the average as ``state_dict`` and the training weights beside it. A trainer of Lightning 2.6 that
+    has trained restores the training weights from any checkpoint that it loads, so ``trainer.fit`` followed by
+    ``trainer.test(ckpt_path="best")`` would test weights that are not averaged.
 
     Parameters
     ----------
@@ -85,10 +87,10 @@ class AveragedWeights(WeightAveraging):
 
     def __init__(self, decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of averaged weights must be at least 0 and below 1, got {decay}")
+            raise ValueError(f"callbacks.ema.decay must be at least 0 and below 1, got {decay}")
         super().__init__(multi_avg_fn=average_with_warm_up(decay))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take average and weights back to go on training; leave the average in the model otherwise."""
+        """Restore average and training weights to resume training; otherwise keep the average in the model."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -1,4 +1,4 @@
-"""Resolvers of the configuration: ``benchmark``, ``precision``, ``either``, ``accumulation`` and ``started``."""
+"""OmegaConf resolvers of the configs: ``benchmark``, ``precision``, ``either``, ``accumulation`` and ``started``."""
 
 import os
 from datetime import datetime
@@ -9,7 +9,7 @@ from primeflow_perturbench.perturbench.backend import locate
 
 
 def best_precision() -> str:
-    """Lightning's ``bf16-mixed`` where the device multiplies bfloat16 natively, else ``32-true``."""
+    """Lightning's ``bf16-mixed`` if the device multiplies bfloat16 natively, else ``32-true``."""
     import torch
 
     if torch.cuda.is_available():
@@ -18,14 +18,15 @@ def best_precision() -> str:
 
 
 def either(*choices: str | None) -> str | None:
-    """The first of some choices that was made."""
+    """The first choice that is not null."""
     return next((choice for choice in choices if choice not in (None, "None", "null")), None)
 
 
 def accumulation(effective_batch: int, batch_size: int, devices: int | str | list[int], num_nodes: int = 1) -> int:
-    """Batches to accumulate for an effective batch on Lightning's ``devices``, at least 1.
+    """Number of batches to accumulate for an effective batch size, at least 1.
 
-    ``devices`` may be a number, a list of devices, or ``"auto"`` or ``-1`` for all GPUs (one device without any).
+    ``devices`` is Lightning's: a number, a list of devices, or ``"auto"`` or ``-1`` for all GPUs (one device if there is
+    no GPU).
     """
     if devices in ("auto", -1, "-1"):
         import torch
@@ -36,9 +37,9 @@ def accumulation(effective_batch: int, batch_size: int, devices: int | str | lis
 
 
 def started() -> str:
-    """Name of a run by its time, the same in all processes of it; of the job and its step under Slurm.
+    """Folder name of a run: its start time, or the job and its step under Slurm; the same in all its processes.
 
-    A Slurm job that is requeued thus goes on in its folder, where Lightning looks for its checkpoint.
+    A requeued Slurm job thus continues in its folder, where Lightning looks for its checkpoint.
     """
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         return "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
@@ -52,7 +53,7 @@ def started() -> str:
 
 
 def register() -> None:
-    """Make the resolvers known; a second call does nothing."""
+    """Register the resolvers; a second call does nothing."""
     for name, function in {
         "benchmark": locate,
         "precision": best_precision,

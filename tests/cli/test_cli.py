@@ -1,4 +1,4 @@
-"""The command line as a person meets it: tables, files, and one sentence for bad input."""
+"""The command line: tables, files, and one sentence for invalid input."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def call(monkeypatch, *arguments):
 
 
 def refused(monkeypatch, capsys, *arguments) -> str:
-    """The sentence with which ``primeflow`` refuses."""
+    """The error message of a command that exits with status 2."""
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, *arguments)
     assert stop.value.code == 2
@@ -78,7 +78,7 @@ def test_a_run_reads_its_data_file_twice_and_hashes_it_once(run, screen_path):
     assert accesses["hashed"] == [str(screen_path)]
 
 
-def test_a_run_leaves_everything_that_a_table_needs(run):
+def test_a_run_writes_all_files_that_a_table_needs(run):
     files = {path.name for path in run.iterdir()}
     assert {
         "config.yaml",
@@ -103,7 +103,7 @@ def test_the_table_has_the_references_beside_the_model(run):
     table = pd.read_csv(run / "table.csv", index_col=0)
     assert table.columns.tolist() == ["PRiMeFlow", "control", "training_mean", "additive", "ceiling"]
     assert {"mmd_none", "mmd_pca", "top_k_recall_scores", "cosine_logfc", "rmse_average"} <= set(table.index)
-    # An untrained model is far from the data, a resampled replicate is near: the rows are not interchangeable.
+    # An untrained model is far from the data and a resampled replicate is near, so swapped rows would show.
     assert table.loc["mmd_none", "ceiling"] < 0.8 * table.loc["mmd_none", "control"]
     assert table.loc["mmd_none", "ceiling"] < 0.5 * table.loc["mmd_none", "PRiMeFlow"]
 
@@ -135,7 +135,7 @@ def _config(run):
 
 
 def test_test_again_from_a_checkpoint_without_the_detection_limit(run, tmp_path, monkeypatch, screen_path):
-    """Same weights and noise; what the limit had set to zero comes back, what it kept is unchanged."""
+    """With the same weights and noise, values that the limit set to 0 return and all others are unchanged."""
     call(
         monkeypatch,
         "train",
@@ -154,8 +154,8 @@ def test_test_again_from_a_checkpoint_without_the_detection_limit(run, tmp_path,
     assert (free[~kept] > 0).any()
 
 
-def test_a_checkpoint_meets_cells_whose_genes_are_in_another_order(run, tmp_path, monkeypatch, screen):
-    """Genes are matched by name: same cells, same scores."""
+def test_a_checkpoint_matches_genes_by_name(run, tmp_path, monkeypatch, screen):
+    """Genes in another order give the same cells and scores."""
     shuffled = screen[:, np.random.default_rng(0).permutation(screen.n_vars)].copy()
     path = write(shuffled, tmp_path, "shuffled.h5ad")
     again = ["train=false", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"hydra.run.dir={tmp_path / 'run'}"]
@@ -167,7 +167,7 @@ def test_a_checkpoint_meets_cells_whose_genes_are_in_another_order(run, tmp_path
     pd.testing.assert_frame_equal(tables[1], tables[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_names_the_genes_that_the_cells_lack(run, tmp_path, monkeypatch, capsys, screen):
+def test_an_error_names_the_genes_of_the_checkpoint_that_the_cells_lack(run, tmp_path, monkeypatch, capsys, screen):
     path = write(screen[:, 3:].copy(), tmp_path, "fewer.h5ad")
     again = ["train=false", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"hydra.run.dir={tmp_path / 'run'}"]
     sentence = refused(monkeypatch, capsys, "train", *TINY, f"data.data.filename={path}", *again)
@@ -220,7 +220,7 @@ def write(screen, folder, name="bad.h5ad"):
     ],
     ids=["no condition", "no covariate", "no controls", "counts", "nan", "negative", "gene twice", "cell twice"],
 )
-def test_bad_cells_are_refused_in_one_sentence(spoil, expected, screen, tmp_path, monkeypatch, capsys):
+def test_invalid_cells_end_a_run_with_one_sentence(spoil, expected, screen, tmp_path, monkeypatch, capsys):
     screen.X = sp.csr_matrix(screen.X)
     spoil(screen)
     path = write(screen, tmp_path)
@@ -231,7 +231,7 @@ def test_bad_cells_are_refused_in_one_sentence(spoil, expected, screen, tmp_path
     assert "bad.h5ad" in sentence
 
 
-def test_settings_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, screen_path):
+def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, capsys, screen_path):
     def sentence(*overrides):
         folder = f"hydra.run.dir={tmp_path / 'run'}"
         return refused(monkeypatch, capsys, "train", *TINY, folder, f"data.data.filename={screen_path}", *overrides)
@@ -255,8 +255,8 @@ def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
     assert "data.data.filename=" in sentence
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
-    """Interrupt in mid-epoch, resume, and end at the step that was asked for."""
+def test_ctrl_c_saves_a_checkpoint_to_resume_from(tmp_path, screen_path):
+    """Interrupt in the middle of an epoch, resume, and end at the requested step."""
     settings = [argument for argument in TINY if not argument.startswith("trainer.")]
     settings += ["test=false", f"data.data.filename={screen_path}", "trainer.val_check_interval=10000"]
     settings += ["data.loader.batch_size=16", "trainer.enable_progress_bar=false"]
@@ -267,7 +267,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A suite that runs in the background of a shell hands down that SIGINT is ignored.
+        # A shell that runs the tests in the background makes its children ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "a" / "logs" / "metrics.csv"
@@ -290,15 +290,15 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, screen_path):
     assert torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == reached + 5
 
 
-def test_values_of_a_setting_are_run_one_after_the_other(tmp_path, monkeypatch, screen_path):
-    """`-m` ended with a traceback: the folder of all runs was named after choices that Hydra had not made yet."""
+def test_multirun_trains_each_value_in_a_folder_of_its_own(tmp_path, monkeypatch, screen_path):
     monkeypatch.chdir(tmp_path)
     cells = [f"data.data.filename={screen_path}", "test=false", "seed=3,4"]
     call(monkeypatch, "train", "-m", *TINY, *cells, "trainer.max_steps=1", "trainer.val_check_interval=1")
-    (folder,) = (tmp_path / "runs" / "train").iterdir()
-    for number, seed in enumerate((3, 4)):
-        assert f"seed: {seed}\n" in (folder / str(number) / "config.yaml").read_text()
-        assert (folder / str(number) / "checkpoints" / "last.ckpt").is_file()
+    runs = {path.parent for path in (tmp_path / "runs").rglob("config.yaml") if path.parent.name != ".hydra"}
+    assert len(runs) == 2
+    settings = " ".join((run / "config.yaml").read_text() for run in runs)
+    for seed in (3, 4):
+        assert f"\nseed: {seed}\n" in settings
 
 
 def test_help_imports_no_torch():

@@ -1,4 +1,4 @@
-"""Averaged weights forget where they began, and are what is tested."""
+"""Averaged weights forget their initial values, and tests use them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Training in several processes: what one process would learn, one table, one folder, an end if one fails."""
+"""Training in several processes learns what one process learns, writes one run, and ends if one process fails."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> str:
-    """The screen's split but for one training cell: 1,199 are left, and the last batch of an epoch is odd."""
+    """The screen's split without one training cell: 1,199 are left, so the last batch of an epoch is odd."""
     cells = pd.read_csv(SCREEN / "split.csv", header=None)
     cells.loc[(cells[1] == "train").idxmax(), 1] = ""
     path = tmp_path_factory.mktemp("split") / "split.csv"
@@ -89,14 +89,14 @@ def compose(*overrides: str, settings=SETTINGS):
 def primeflow_train(
     folder: Path, *overrides: str, launcher=(), limit: float = 300, settings=SETTINGS
 ) -> tuple[int, str]:
-    """Status and words of ``primeflow train`` in a folder; it and all that it started are killed at a time limit."""
+    """Exit status and output of ``primeflow train`` in a folder; all its processes are killed at the time limit."""
     port = 20_000 + os.getpid() % 10_000
     launcher = [*launcher, f"--master-port={port}"] if launcher else []
     command = [sys.executable, *launcher, "-m", "primeflow_perturbench", "train", *settings, *overrides]
     modules = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "PYTHONPATH": modules}
     said = folder / "said.txt"
-    # Into a file: a pipe would stay open, and be waited for, while one of the two still runs.
+    # A file, because a pipe stays open while either process runs.
     with said.open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -114,8 +114,8 @@ def run_folder(folder: Path) -> Path:
     return run
 
 
-def assert_learnt_alike(run: Path, other: Path) -> None:
-    """Every logged loss, all weights, their averages, and what is learnt without gradients."""
+def assert_same_training(run: Path, other: Path) -> None:
+    """Compare every logged loss, all weights, their averages, and the statistics learned without gradients."""
     for name, n in (("train_loss", STEPS), ("val_loss", 2)):
         curves = [pd.read_csv(each / "logs" / "metrics.csv").set_index("step")[name].dropna() for each in (run, other)]
         assert len(curves[0]) == n
@@ -132,20 +132,20 @@ def assert_learnt_alike(run: Path, other: Path) -> None:
     assert "marginals" in one
 
 
-def test_two_processes_learn_what_one_does(alone, together):
-    """Half the batch each: their cells and noise are those of one process, also in the odd last batch of an epoch."""
-    assert_learnt_alike(alone, run_folder(together))
+def test_two_processes_learn_what_one_process_learns(alone, together):
+    """With half the batch each they see the cells and noise of one process, also in an odd last batch of an epoch."""
+    assert_same_training(alone, run_folder(together))
 
 
-def test_the_curves_compared_are_those_of_a_model_that_learns(alone):
+def test_compared_losses_are_those_of_a_model_that_learns(alone):
     losses = pd.read_csv(alone / "logs" / "metrics.csv")["train_loss"].dropna().to_numpy()
     assert losses[-5:].mean() < 0.9 * losses[:5].mean()
-    # Had each process drawn noise of its own, the losses would differ as those of two steps do.
+    # If each process drew its own noise, the losses would differ as much as those of two steps.
     assert np.abs(np.diff(losses)).min() > 1e-4
 
 
 def test_two_processes_leave_one_run(together):
-    """One folder, one table, no temporary files and no chunks of predictions."""
+    """One folder and one table, without temporary files or chunks of predictions."""
     run = run_folder(together)
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert found == {
@@ -162,19 +162,20 @@ def test_two_processes_leave_one_run(together):
     ]
 
 
-def test_processes_of_torchrun_learn_what_one_does(alone, split, tmp_path):
-    """They begin at their own times, and yet in one folder."""
+@pytest.mark.slow
+def test_processes_of_torchrun_learn_what_one_process_learns(alone, split, tmp_path):
+    """They start at different times and still write to one folder."""
     code, said = primeflow_train(tmp_path, split, TWO[0], "trainer=torchrun", "test=false", launcher=TORCHRUN)
     assert code == 0, said[-3000:]
     run = run_folder(tmp_path)
-    assert_learnt_alike(alone, run)
+    assert_same_training(alone, run)
     assert (run / "config.yaml").is_file()
     assert said.count("Trained; the run is in") == 1
 
 
 @pytest.mark.slow
-def test_two_processes_learn_of_an_atlas_what_one_does(tmp_path):
-    """Each reads its own half of every batch from the files; genes that a file lacks are in neither's loss."""
+def test_two_processes_learn_from_an_atlas_what_one_process_learns(tmp_path):
+    """Each reads its half of every batch from the files; genes that a file lacks do not count in the loss."""
     sizes = {"n_perturbations": 4, "n_pairs": 0}
     manifest = simulate_atlas(tmp_path / "atlas", n_files=2, cells=1200, n_genes=80, heldout_cells=60, **sizes).manifest
     data = [
@@ -212,20 +213,20 @@ class Fails(L.Callback):
 """
 
 
-# What another process ends with depends on who notices first: itself, or Lightning, which kills it.
+# The status of the other process depends on who notices first: itself, or Lightning, which kills it.
 OTHERS = {1, 2, -signal.SIGKILL}
 
 
 @pytest.mark.parametrize(
     ("ranks", "status"),
     [
-        ([1], OTHERS),
+        pytest.param([1], OTHERS, marks=pytest.mark.slow),
         pytest.param([0], {2}, marks=pytest.mark.slow),
         pytest.param([0, 1], {2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_fails_ends_the_run_with_one_sentence(ranks, status, split, tmp_path):
-    """The others would wait for its gradients, and it for them to save a checkpoint."""
+def test_one_failing_process_ends_the_run_with_one_sentence(ranks, status, split, tmp_path):
+    """Otherwise the others would wait for its gradients, and it for them to save a checkpoint."""
     (tmp_path / "failing.py").write_text(FAILING)
     callback = ["+callbacks.fails._target_=failing.Fails", f"+callbacks.fails.ranks={ranks}"]
     code, said = primeflow_train(tmp_path, split, *TWO, "test=false", *callback)
@@ -246,7 +247,7 @@ def trainer_of(*overrides: str, folder: Path):
     return hydra.utils.instantiate(cfg.trainer, logger=False, enable_progress_bar=False), cfg
 
 
-def test_slurm_tells_lightning_its_nodes_and_tasks(monkeypatch, tmp_path):
+def test_lightning_reads_nodes_and_tasks_from_slurm(monkeypatch, tmp_path):
     slurm = {"JOB_ID": "77", "NTASKS": "8", "NTASKS_PER_NODE": "4", "NNODES": "2", "PROCID": "5", "LOCALID": "1"}
     for name, value in (slurm | {"NODEID": "1", "NODELIST": "node[1-2]", "JOB_NAME": "primeflow"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -258,7 +259,7 @@ def test_slurm_tells_lightning_its_nodes_and_tasks(monkeypatch, tmp_path):
     assert cfg.data.loader.batch_size * cfg.trainer.accumulate_grad_batches * 8 == 768
 
 
-def test_torchrun_tells_lightning_its_machines_and_processes(monkeypatch, tmp_path):
+def test_lightning_reads_machines_and_processes_from_torchrun(monkeypatch, tmp_path):
     told = {"WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 3, "GROUP_WORLD_SIZE": 2, "RANK": 4, "LOCAL_RANK": 1, "GROUP_RANK": 1}
     for name, value in (told | {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
         monkeypatch.setenv(name, str(value))
@@ -268,7 +269,7 @@ def test_torchrun_tells_lightning_its_machines_and_processes(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["slurm", "torchrun"])
-def test_without_a_launcher_the_configurations_are_those_of_one_machine(name, tmp_path):
+def test_without_a_launcher_slurm_and_torchrun_configs_train_on_one_machine(name, tmp_path):
     trainer, _ = trainer_of(f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=2", folder=tmp_path)
     assert isinstance(trainer.strategy, DDPStrategy)
     assert (trainer.num_nodes, trainer.num_devices) == (1, 2)
@@ -276,20 +277,20 @@ def test_without_a_launcher_the_configurations_are_those_of_one_machine(name, tm
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """No launcher in sight."""
+    """An environment without a launcher."""
     for name in ("SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_run_is_named_by_its_time():
+def test_a_run_is_named_by_its_start_time():
     before = time.strftime("%Y-%m-%d_%H-%M-%S")
     assert before <= started() <= time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 @pytest.mark.usefixtures("one_process")
 def test_processes_of_torchrun_name_the_run_by_the_first_of_them(monkeypatch):
-    """Torchrun keeps a store that all of its processes reach."""
+    """They agree through the store that torchrun opens for all of them."""
     store = TCPStore("127.0.0.1", 0, is_master=True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -304,6 +305,6 @@ def test_tasks_of_a_slurm_job_name_the_run_by_the_job(monkeypatch):
     for name, value in (("NTASKS", "4"), ("STEP_ID", "0"), ("JOB_ID", "1234")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert started() == "slurm_1234_0"
-    # One task is as good as none: runs that follow each other in a job have folders of their own.
+    # With a single task, successive runs of one job have folders of their own.
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert started() != "slurm_1234_0"

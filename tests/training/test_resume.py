@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the very bits of a run that was not."""
+"""A run that was killed and resumed ends with the same bits as an uninterrupted run."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ SETTINGS = [
     "trainer.precision=32-true",
     "~logger",
     "callbacks.ema.decay=0.8",
-    # Rarer than the run is long: the last step alone is saved.
+    # Less often than the run has steps: only the last step is saved.
     "callbacks.model_checkpoint.every_n_train_steps=100",
     "callbacks.model_checkpoint.save_top_k=-1",
     "~callbacks.lr_monitor",
@@ -50,7 +50,7 @@ SETTINGS = [
     "+trainer.enable_progress_bar=false",
     "test=false",
 ]
-# A checkpoint of every step, and another that is written when a validation has ended.
+# A checkpoint of every step, and another one after each validation.
 OFTEN = [
     "callbacks.model_checkpoint.every_n_train_steps=1",
     "+callbacks.validated._target_=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -62,7 +62,7 @@ OFTEN = [
 
 
 class Stop(L.Callback):
-    """Raises half-way through a step, or ends the process with a signal that lets no handler tidy up."""
+    """Raises in the middle of a step, or kills the process with SIGKILL."""
 
     def __init__(self, step: int, kill: bool = False):
         self.step, self.kill = step, kill
@@ -82,7 +82,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def run(folder: Path, *overrides: str, ckpt_path: Path | None = None, num_workers: int = 0) -> Path:
-    """Train in a folder; the checkpoint of its last step."""
+    """Train in a folder and return the checkpoint of the last step."""
     cfg = deepcopy(composed(*overrides))
     cfg.paths.output_dir, cfg.ckpt_path = str(folder), ckpt_path and str(ckpt_path)
     cfg.data.loader.num_workers = num_workers
@@ -91,7 +91,7 @@ def run(folder: Path, *overrides: str, ckpt_path: Path | None = None, num_worker
 
 
 def trained_state(path: Path) -> dict:
-    """Everything of a checkpoint that later steps depend on."""
+    """The parts of a checkpoint that later steps depend on."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     names = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
     loops = checkpoint["loops"]["fit_loop"]
@@ -103,7 +103,7 @@ def trained_state(path: Path) -> dict:
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Places in two nested structures where they are not equal to the bit."""
+    """Paths at which two nested structures differ by at least a bit."""
     if isinstance(a, dict):
         places = [where + " keys"] if set(a) != set(b) else []
         return places + [place for key in set(a) & set(b) for place in differences(a[key], b[key], f"{where}.{key}")]
@@ -118,13 +118,13 @@ def differences(a, b, where: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    """Folder of a run that nothing stopped, with a checkpoint of every step."""
+    """Folder of an uninterrupted run with a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("unbroken")
     run(folder, *OFTEN)
     return folder
 
 
-def test_the_comparison_sees_a_single_step(unbroken):
+def test_comparison_of_checkpoints_detects_a_single_step(unbroken):
     last, before = (trained_state(unbroken / f"checkpoints/step{step}.ckpt") for step in (STEPS, STEPS - 1))
     assert last["global_step"] == STEPS
     found = " ".join(differences(last, before))
@@ -135,37 +135,40 @@ def test_the_comparison_sees_a_single_step(unbroken):
 
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
-    """Steps that are trained while a test runs, by number."""
+    """Numbers of the steps that are trained while a test runs."""
     numbers = []
     monkeypatch.setattr(PRiMeFlow, "on_train_batch_start", lambda self, *_: numbers.append(self.global_step))
     return numbers
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("when", ["checkpoints", "validated"])
 @pytest.mark.parametrize(
-    "step",
+    ("step", "when", "num_workers"),
     [
-        pytest.param(12, id="inside an epoch"),
-        pytest.param(20, id="between epochs"),
+        pytest.param(12, "checkpoints", 0, id="inside an epoch"),
+        pytest.param(20, "validated", 2, id="between epochs, after a validation, with workers"),
+        pytest.param(12, "validated", 2, marks=pytest.mark.slow),
+        pytest.param(12, "checkpoints", 2, marks=pytest.mark.slow),
+        pytest.param(20, "checkpoints", 0, marks=pytest.mark.slow),
+        pytest.param(20, "validated", 0, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, steps, step, when, num_workers):
+def test_resumed_run_equals_the_uninterrupted_one(unbroken, tmp_path, steps, step, when, num_workers):
     assert (step % BATCHES_OF_AN_EPOCH == 0) == (step == 20)
     resumed = run(tmp_path, ckpt_path=unbroken / when / f"step{step}.ckpt", num_workers=num_workers)
     assert steps == list(range(step, STEPS))
     assert differences(trained_state(unbroken / LAST), trained_state(resumed)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 10])
-def test_no_validation_need_be_near(unbroken, tmp_path, steps, step):
+def test_run_resumes_from_a_step_without_a_validation_nearby(unbroken, tmp_path, steps, step):
     assert not (unbroken / "validated" / f"step{step}.ckpt").exists()
     resumed = run(tmp_path, ckpt_path=unbroken / "checkpoints" / f"step{step}.ckpt", num_workers=2)
     assert steps == list(range(step, STEPS))
     assert differences(trained_state(unbroken / LAST), trained_state(resumed)) == []
 
 
-def test_killed_and_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, steps):
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(unbroken, tmp_path, steps):
     every = "callbacks.model_checkpoint.every_n_train_steps=4"
     stop = ["+callbacks.stop._target_=__main__.Stop", "+callbacks.stop.step=10", "+callbacks.stop.kill=true"]
     killed = subprocess.run(
@@ -179,12 +182,13 @@ def test_killed_and_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, step
     assert differences(trained_state(unbroken / LAST), trained_state(resumed)) == []
 
 
-def test_run_that_raised_equals_the_unbroken_one(unbroken, tmp_path, steps):
+@pytest.mark.slow
+def test_resumed_run_after_an_error_equals_the_uninterrupted_one(unbroken, tmp_path, steps):
     with pytest.raises(RuntimeError, match="stopped"):
         run(tmp_path, f"+callbacks.stop._target_={__name__}.Stop", "+callbacks.stop.step=12")
     resumed = run(tmp_path, ckpt_path=tmp_path / "checkpoints/step12.ckpt")
     assert steps == [*range(13), *range(12, STEPS)]
-    # Lightning counts the batch that was left half-done; nothing that is trained depends on that count.
+    # Lightning counts the batch that failed; training does not depend on that count.
     expected, found = trained_state(unbroken / LAST), trained_state(resumed)
     assert {place.split(".")[1] for place in differences(expected, found)} <= {"batches"}
 
