@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its results: settings, versions, hardware, and what makes it comparable."""
+"""The record of a run: versions, hardware, costs, and the hashes that make runs comparable."""
 
 import hashlib
 import importlib.metadata
@@ -13,7 +13,7 @@ from typing import Any
 
 from primeflow_perturbench.files import file_hash
 
-# To be raised whenever the same cells would score otherwise.
+# Increase it whenever the same cells would get other scores.
 METRICS_VERSION = 1
 
 PACKAGES = (
@@ -33,7 +33,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, where they are installed."""
+    """Versions of Python and of the installed packages that influence a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, number of usable cores and, where there is one, the accelerator."""
+    """Processor, number of usable cores and, if there is one, the GPU."""
     import torch
 
     found: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
@@ -63,7 +63,7 @@ def _cpu_name() -> str:
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Commit of the source tree that runs, with ``+`` if it has changes; ``None`` outside a checkout."""
+    """Commit of the source tree, with ``+`` if it has uncommitted changes; ``None`` outside a checkout."""
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -72,7 +72,7 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Highest memory so far in GiB: of the process, and of the accelerator where there is one."""
+    """Peak memory in GiB of the process and, if there is one, of the GPU."""
     import torch
 
     peak = {"host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
@@ -82,12 +82,12 @@ def peak_memory() -> dict[str, float]:
 
 
 def data_record(path: str | Path, cells: int, genes: int) -> dict[str, Any]:
-    """Name, SHA-256 and shape of a data file; the file is read piece by piece."""
+    """Name, SHA-256 and shape of a data file."""
     return {"file": Path(path).name, "sha256": file_hash(path), "cells": cells, "genes": genes}
 
 
 def split_record(path: str | Path) -> dict[str, Any]:
-    """Hash and sizes of a saved split, a headerless CSV of cell and split; cells in no split do not count.
+    """Hash and sizes of a saved split, a headerless CSV of cell and split; cells without a split are ignored.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def _text_hash(lines: Sequence[str]) -> str:
 
 
 def metrics_record(pipelines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Version of the metrics, and SHA-256 of the JSON of the evaluation pipelines."""
+    """Version of the metrics, and SHA-256 of the evaluation pipelines as JSON."""
     text = json.dumps([dict(pipeline) for pipeline in pipelines], sort_keys=True)
     return {"version": METRICS_VERSION, "pipelines": hashlib.sha256(text.encode()).hexdigest()}
 

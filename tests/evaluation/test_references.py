@@ -1,4 +1,4 @@
-"""The rows beside a model: each is what its name says."""
+"""Reference cells have the means that their definitions imply."""
 
 import anndata as ad
 import numpy as np
@@ -14,7 +14,7 @@ N = 4000
 
 
 def hand_made():
-    """Two lines, constant expression by condition: shifts are known exactly."""
+    """Two lines with constant expression in each condition, so shifts are known exactly."""
     level = {
         ("a", "control"): [1.0, 1.0],
         ("b", "control"): [2.0, 2.0],
@@ -65,8 +65,8 @@ def test_reference_means(name, single, pair):
     assert adata.obs.groupby(["line", "label"]).size().tolist() == [N, N]
 
 
-def test_references_never_see_test_cells_but_for_the_ceiling():
-    """Move the held-out cells far away: only the ceiling may follow."""
+def test_only_the_ceiling_uses_test_cells():
+    """Shift the held-out cells: only the ceiling may change."""
     near, far = hand_made(), hand_made()
     moved = far.adata.X.toarray()
     moved[far.rows(["test"])] += 100
@@ -77,12 +77,12 @@ def test_references_never_see_test_cells_but_for_the_ceiling():
     assert (reference_cells(near, "ceiling", 5).X != reference_cells(far, "ceiling", 5).X).nnz > 0
 
 
-def test_shift_is_the_mean_over_the_groups_that_have_it():
+def test_mean_shift_averages_over_the_groups_that_have_the_label():
     np.testing.assert_allclose(mean_shift(hand_made(), ("b",), "P"), [2.0, 0.0], atol=1e-6)
     np.testing.assert_allclose(mean_shift(hand_made(), ("b",), "NEVER"), [0.0, 0.0])
 
 
-def test_as_many_cells_as_were_measured_by_default():
+def test_references_have_as_many_cells_as_were_measured_by_default():
     assert reference_cells(hand_made(), "control").obs.groupby(["line", "label"]).size().tolist() == [4, 4]
 
 
@@ -108,3 +108,12 @@ def test_bad_names_and_missing_controls():
     lone = SplitCells(cells.adata, split, "label", ("line",), "control", "+")
     with pytest.raises(InputError, match="covariate group b has no control cells in train or val"):
         reference_cells(lone, "control")
+
+
+def test_another_split_can_be_held_out():
+    """A search scores the validation conditions."""
+    cells = hand_made()
+    split = cells.split.replace({"test": "val", "val": "test"})
+    other = SplitCells(cells.adata, split, "label", ("line",), "control", "+", heldout="val")
+    assert other.conditions() == cells.conditions()
+    np.testing.assert_allclose(mean_of(reference_cells(other, "ceiling", 4), "b", "P"), [4.5, 2.0])

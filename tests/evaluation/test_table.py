@@ -1,4 +1,4 @@
-"""The printed table marks the best of each column."""
+"""The printed table marks the best value of each metric."""
 
 import io
 
@@ -15,7 +15,7 @@ def rendered(summary):
     return console.file.getvalue()
 
 
-def test_best_is_bold_by_the_direction_of_the_metric_and_the_ceiling_does_not_compete():
+def test_best_value_is_bold_and_the_ceiling_does_not_compete():
     summary = pd.DataFrame(
         {"model": [0.5, 0.9], "control": [0.7, 0.2], "ceiling": [0.1, 1.0]}, index=["mmd_none", "cosine_logfc"]
     )
@@ -28,7 +28,7 @@ def test_best_is_bold_by_the_direction_of_the_metric_and_the_ceiling_does_not_co
         assert f"{bold}{other}" not in text
 
 
-def test_missing_values_are_dashes():
+def test_missing_values_are_printed_as_dashes():
     summary = pd.DataFrame({"model": [float("nan")], "control": [0.2]}, index=["cosine_logfc"])
     assert "–" in rendered(summary)
 

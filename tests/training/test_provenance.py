@@ -1,4 +1,4 @@
-"""What a run says of itself decides with which others it may stand in a table."""
+"""The record of a run decides which runs may stand in one table with it."""
 
 import hashlib
 
