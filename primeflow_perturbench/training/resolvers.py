@@ -25,8 +25,8 @@ def either(*choices: str | None) -> str | None:
 def accumulation(effective_batch: int, batch_size: int, devices: int | str | list[int], num_nodes: int = 1) -> int:
     """Number of batches to accumulate for an effective batch size, at least 1.
 
-    ``devices`` is Lightning's: a number, a list of devices, or ``"auto"`` or ``-1`` for all GPUs (one device if there is
-    no GPU).
+    ``devices`` is Lightning's: a number, a list of devices, or ``"auto"`` or ``-1`` for all GPUs (one device without a
+    GPU).
     """
     if devices in ("auto", -1, "-1"):
         import torch
