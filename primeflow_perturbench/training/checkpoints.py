@@ -42,7 +42,7 @@ class Checkpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
     def _should_save_on_exception(self, trainer: L.Trainer) -> bool:
-        # During validation the model holds the averaged weights; a checkpoint would mix them up with the training weights.
+        # During validation the model holds the averaged weights, not the training weights that a checkpoint saves.
         return super()._should_save_on_exception(trainer) and not trainer.validating
 
 
