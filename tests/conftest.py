@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-# The conformance suite starts itself anew for another backend; all else is tested on the embedded one.
+# The conformance suite runs itself in a new process for another backend; all other tests use the embedded one.
 os.environ["PRIMEFLOW_BENCHMARK"] = os.environ.get("PRIMEFLOW_CONFORMANCE", "embedded")
-# Tests are many and tiny: threads would wait for each other more than they compute.
+# The tests are tiny: several threads would only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import anndata as ad
@@ -22,17 +22,17 @@ resolvers.register()
 
 @pytest.fixture(autouse=True)
 def _no_global_hydra():
-    """Each test may start Hydra anew."""
+    """Let every test initialize Hydra."""
     GlobalHydra.instance().clear()
     yield
     GlobalHydra.instance().clear()
 
 
 @pytest.fixture(autouse=True)
-def _no_word_of_other_processes():
-    """What Lightning tells the processes of one run is not told to those that the next test starts.
+def _no_distributed_environment():
+    """Reset the variables by which Lightning describes a group of processes.
 
-    With a rank of this run in its environment, a new one would wait for processes that nobody starts.
+    With a rank left over from a previous test, a new run would wait for processes that do not exist.
     """
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
     before = {name: os.environ.get(name) for name in names}
@@ -45,7 +45,7 @@ def _no_word_of_other_processes():
 
 @pytest.fixture(scope="session")
 def screen_path() -> Path:
-    """A simulated screen with pairs: 2,820 cells, 128 genes, 3 lines."""
+    """A simulated screen with combinations: 2,820 cells, 128 genes, 3 cell lines."""
     return DATA / "screen" / "screen.h5ad"
 
 

@@ -1,4 +1,4 @@
-"""Which backends the conformance suite ran on, in one line at the end."""
+"""Report in the last line on which backends the conformance suite ran."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from primeflow_perturbench.perturbench.backend import backend
 
 
 def describe() -> str:
-    """The backend of this process."""
+    """Name of the backend of this process."""
     if backend() == "perturbench":
         return f"PerturBench {os.environ.get('PRIMEFLOW_CONFORMANCE_NAME', '')}".strip()
     return "embedded subset"
@@ -17,12 +17,11 @@ def describe() -> str:
 
 @pytest.fixture
 def ran(request) -> Callable[[str], None]:
-    """To be told of another backend that the suite passed on; it travels with the test's report."""
+    """Return a function that records another backend on which the suite passed, in the report of the test."""
     return lambda name: request.node.user_properties.append(("conformance", name))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the line."""
     passed = [report.user_properties for report in terminalreporter.stats.get("passed", [])]
-    others = [name for properties in passed for key, name in properties if key == "conformance"]
+    others = dict.fromkeys(name for properties in passed for key, name in properties if key == "conformance")
     terminalreporter.write_line(f"conformance suite ran on: {'; '.join([describe(), *others])}")

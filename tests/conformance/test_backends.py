@@ -1,4 +1,7 @@
-"""The suite on every other backend, each in a process of its own: the base class of the model is bound at import."""
+"""The conformance suite on every other backend, each in its own process: the model's base class is bound at import.
+
+A quick proof runs by default, the whole suite with ``-m slow``.
+"""
 
 import os
 import subprocess
@@ -10,30 +13,40 @@ import pytest
 from primeflow_perturbench.perturbench.backend import installed
 
 HERE = Path(__file__).parent
-SUITE = [str(HERE / "test_conformance.py"), str(HERE / "test_host_command.py")]
+SUITE = [str(HERE / "test_conformance.py"), str(HERE / "test_perturbench_command.py")]
+QUICK = "derives or receives or trained_validated or loaded_checkpoint or prints_the_summary or configs_resolve"
+CASES = pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(["-m", "not slow", "-k", QUICK], id="quick"),
+        pytest.param(["-m", "slow or not slow"], id="all", marks=pytest.mark.slow),
+    ],
+)
 
 
-def run_suite(name: str, path: list[str]) -> str:
-    """Run the suite on the package ``perturbench`` that is importable with ``path`` in front."""
+def run_suite(name: str, path: list[str], cases: list[str]) -> str:
+    """Run these cases with the package ``perturbench`` that is importable when ``path`` comes first."""
     environment = os.environ | {
         "PRIMEFLOW_CONFORMANCE": "perturbench",
         "PRIMEFLOW_CONFORMANCE_NAME": name,
         "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", *cases, "-p", "no:cacheprovider", *SUITE]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
     return done.stdout
 
 
-def test_the_suite_passes_on_a_stand_in_that_has_the_interface_alone(ran):
-    said = run_suite("(stand-in of our own)", [str(HERE / "standin")])
-    assert "conformance suite ran on: PerturBench (stand-in of our own)" in said
-    assert " passed" in said
+@CASES
+def test_the_suite_passes_on_a_stand_in_with_only_the_interface(ran, cases):
+    output = run_suite("(stand-in of our own)", [str(HERE / "standin")], cases)
+    assert "conformance suite ran on: PerturBench (stand-in of our own)" in output
     ran("stand-in of our own")
 
 
 @pytest.mark.skipif(not installed(), reason="PerturBench itself is not installed")
-def test_the_suite_passes_on_perturbench_itself(ran):
-    assert "conformance suite ran on: PerturBench itself" in run_suite("itself", [])
+@CASES
+def test_the_suite_passes_on_perturbench_itself(ran, cases):
+    assert "conformance suite ran on: PerturBench itself" in run_suite("itself", [], cases)
     ran("PerturBench itself")

@@ -1,7 +1,4 @@
-"""What a PerturBench host asks of the model, on the backend of this process.
-
-Nothing here uses more of the backend than PERTURBENCH's public names.
-"""
+"""What PerturBench expects of the model, on the backend of this process. Only PerturBench's public names are used."""
 
 import os
 import signal
@@ -47,7 +44,7 @@ METRICS = ["rmse_average", "rmse_rank_average", "cosine_logfc"]
 
 
 def settings(filename, folder, *overrides):
-    """A composed run of seconds that writes to ``folder``."""
+    """Compose the settings of a run that takes seconds and writes to ``folder``."""
     with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
         given = [*SMALL, f"data.data.filename={filename}", f"paths.output_dir={folder}", "run_name=test", *overrides]
         return hydra.compose("train", overrides=given)
@@ -55,7 +52,7 @@ def settings(filename, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, screen_path):
-    """A trained and tested model, its trainer and data module, and the folder of the run."""
+    """A trained and tested model with its trainer, its data module and the folder of the run."""
     folder = tmp_path_factory.mktemp("run")
     return {**train(settings(screen_path, folder)), "folder": folder}
 
@@ -65,7 +62,7 @@ def checkpoint_of(run) -> str:
 
 
 def summary_of(model) -> pd.Series:
-    """Summary of a tested model, by metric."""
+    """Summary of a tested model by metric."""
     table = pd.DataFrame(model.summary_metrics)
     return table.iloc[:, 0] if set(METRICS) <= set(table.index) else table.iloc[0]
 
@@ -74,12 +71,12 @@ def assert_scored(model):
     assert np.isfinite(summary_of(model)[METRICS].astype(float)).all()
 
 
-def test_the_model_is_one_of_the_hosts():
+def test_the_model_derives_from_perturbenchs_base_class():
     assert issubclass(PRiMeFlow, load("modelcore.models.PerturbationModel"))
     assert PRiMeFlow.__mro__[1].__module__.startswith(backend())
 
 
-def test_it_is_built_with_what_the_host_injects(run):
+def test_the_model_receives_what_perturbench_passes(run):
     model, data = run["model"], run["datamodule"]
     assert model.n_genes == data.num_genes == 128
     assert (
@@ -88,7 +85,7 @@ def test_it_is_built_with_what_the_host_injects(run):
     assert list(model.gene_names) == list(data.train_iterator.gene_names)
 
 
-def test_it_trains_validates_and_is_tested(run):
+def test_the_model_is_trained_validated_and_tested(run):
     assert run["trainer"].global_step == 6
     assert {"train_loss", "val_loss"} <= set(run["metrics"])
     assert float(run["metrics"]["val_loss"]) > 0
@@ -103,7 +100,7 @@ def test_the_same_seed_gives_the_same_summary(run, tmp_path, screen_path):
 
 
 def batches(data, table=None):
-    """The test batches of a run's data, or those of a table of conditions."""
+    """Yield the test batches of a data module, or a batch of a table of conditions."""
     if table is None:
         yield from data.test_dataloader()
         return
@@ -161,7 +158,7 @@ def test_a_checkpoint_is_tested_without_training(run, tmp_path, screen_path):
     pd.testing.assert_series_equal(summary_of(tested["model"]), summary_of(run["model"]))
 
 
-def test_finetuning_takes_the_weights_and_not_the_steps(run, tmp_path, screen_path):
+def test_finetuning_starts_from_the_weights_at_step_zero(run, tmp_path, screen_path):
     given = [f"ckpt_path={checkpoint_of(run)}", "+finetune=true", "trainer.max_steps=1", "model.lr=0", "~callbacks.ema"]
     tuned = train(settings(screen_path, tmp_path, *given))
     assert tuned["trainer"].global_step == 1
@@ -171,18 +168,18 @@ def test_finetuning_takes_the_weights_and_not_the_steps(run, tmp_path, screen_pa
     pd.testing.assert_series_equal(summary_of(tuned["model"]), summary_of(run["model"]))
 
 
-def test_cells_with_controls_feed_it_too(tmp_path, screen_path):
+def test_data_with_controls_are_accepted(tmp_path, screen_path):
     done = train(settings(screen_path, tmp_path, "data=h5ad_controls", "trainer.max_steps=2"))
     assert type(done["datamodule"].train_iterator).__name__ == "SingleCellPerturbationWithControls"
     assert_scored(done["model"])
 
 
-def test_a_file_that_stays_on_disk(run, tmp_path, screen_path):
+def test_a_backed_file_gives_the_same_summary(run, tmp_path, screen_path):
     done = train(settings(screen_path, tmp_path, "data.data.backed=true"))
     pd.testing.assert_series_equal(summary_of(done["model"]), summary_of(run["model"]))
 
 
-def test_perturbation_embeddings(run, tmp_path, screen, screen_path):
+def test_perturbation_embeddings_replace_the_multi_hot(run, tmp_path, screen, screen_path):
     labels = sorted({part for label in screen.obs["condition"].unique() for part in label.split("+")} - {"control"})
     table = pd.DataFrame(np.random.default_rng(0).normal(size=(len(labels), 7)), index=labels)
     table.columns = [f"e{i}" for i in range(7)]
@@ -196,7 +193,7 @@ def test_perturbation_embeddings(run, tmp_path, screen, screen_path):
     np.testing.assert_allclose(batch.perturbations[0].numpy(), expected, rtol=1e-5)
 
 
-def test_a_continuous_covariate(tmp_path, screen):
+def test_a_continuous_covariate_reaches_the_model(tmp_path, screen):
     screen.obs["dose"] = np.where(np.arange(screen.n_obs) % 2 == 0, 0.5, 2.0)
     screen.write_h5ad(tmp_path / "dose.h5ad")
     keys = "data.data_iter_factory.covariate_keys=[cell_type,dose]"
@@ -208,7 +205,7 @@ def test_a_continuous_covariate(tmp_path, screen):
     assert done["model"].encoder(batch.perturbations, batch.covariates).shape[1] == done["model"].encoder.width
 
 
-def test_no_covariates(tmp_path, screen):
+def test_data_without_covariates_are_accepted(tmp_path, screen):
     one_line = screen[(screen.obs["cell_type"] == screen.obs["cell_type"].iloc[0]).to_numpy()].copy()
     one_line.write_h5ad(tmp_path / "one.h5ad")
     labels = one_line.obs["condition"].astype(str)
@@ -222,7 +219,7 @@ def test_no_covariates(tmp_path, screen):
     assert_scored(done["model"])
 
 
-def test_one_cell_a_condition_keeps_its_axis(run, tmp_path, screen_path):
+def test_a_condition_of_one_cell_keeps_its_axis(run, tmp_path, screen_path):
     given = ["data.evaluation.test_data_iter_factory.max_control_cells_per_covariate=1", "data.evaluation.chunk_size=1"]
     pipelines = "data.evaluation.evaluation_pipelines=[{aggregation: average, metric: rmse, rank: true}]"
     done = train(settings(screen_path, tmp_path, "train=false", f"ckpt_path={checkpoint_of(run)}", *given, pipelines))
@@ -236,7 +233,7 @@ def summary_of_one(model, metric):
     return table.loc[metric].iloc[0] if metric in table.index else table[metric].iloc[0]
 
 
-def test_synthetic_controls_are_predicted_and_kept(run, tmp_path, screen_path):
+def test_synthetic_controls_are_predicted_and_scored(run, tmp_path, screen_path):
     given = ["train=false", f"ckpt_path={checkpoint_of(run)}", "data.evaluation.use_synthetic_controls=true"]
     done = train(settings(screen_path, tmp_path, *given))
     labels = {label for _, obs in done["datamodule"].test_dataloader() for label in obs["condition"]}
@@ -246,8 +243,8 @@ def test_synthetic_controls_are_predicted_and_kept(run, tmp_path, screen_path):
     assert measured != synthetic
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_summary_of_one(run, tmp_path, screen_path):
-    """Two processes of gloo test one checkpoint to the same numbers."""
     cfg = settings(
         screen_path,
         tmp_path,
@@ -260,14 +257,15 @@ def test_two_processes_give_the_summary_of_one(run, tmp_path, screen_path):
     pd.testing.assert_series_equal(summary, summary_of(run["model"]).astype(float), check_names=False)
 
 
-def test_two_processes_train(run, tmp_path, screen_path):
-    """Each with half the batch; on the embedded subset they deal out the very batches of one process."""
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_size_train_like_one(run, tmp_path, screen_path):
+    """On the embedded subset they even see the same batches."""
     given = ["data.loader.batch_size=32", "trainer.devices=2", "+trainer.strategy=ddp"]
     summary = in_two_processes(settings(screen_path, tmp_path, *given), tmp_path)
     assert np.isfinite(summary).all()
     if backend() != "perturbench":
         expected = summary_of(run["model"]).astype(float)
-        # The summary has four digits.
+        # The summary is rounded to four digits.
         pd.testing.assert_series_equal(summary, expected, check_names=False, rtol=1e-3)
 
 
@@ -286,27 +284,27 @@ if done["trainer"].is_global_zero:
 
 
 def in_two_processes(cfg, folder: Path) -> pd.Series:
-    """Summary of a run of two processes on the CPU."""
+    """Run in two processes on the CPU and return the summary."""
     (folder / "worker.py").write_text(WORKER)
     OmegaConf.save(cfg, folder / "two.yaml")
     command = [sys.executable, str(folder / "worker.py"), str(folder / "two.yaml"), str(folder / "two.csv")]
-    # A free port that is asked for early may be another's by the time it is opened, since suites run side by side.
+    # A free port found now may be taken by another suite before it is opened.
     port = 20_000 + os.getpid() % 10_000
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
-    said = folder / "said.txt"
-    # Into a file: a pipe would stay open, and be waited for, while one of the two still runs.
-    with said.open("w") as log:
+    output = folder / "output.txt"
+    # Not a pipe, which would stay open as long as one of the two processes runs.
+    with output.open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         process.wait(timeout=200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == 0, said.read_text()[-3000:]
+    assert process.wait() == 0, output.read_text()[-3000:]
     table = pd.read_csv(folder / "two.csv", index_col=0)
     return (table.iloc[:, 0] if "rmse_average" in table.index else table.iloc[0])[METRICS].astype(float)
 
 
-def test_the_cells_are_expression(run):
+def test_predicted_cells_are_finite_and_nonnegative(run):
     cells = run["model"].predict_anndata(next(iter(batches(run["datamodule"]))))
     assert isinstance(cells, ad.AnnData)
     values = np.asarray(cells.X)

@@ -1,4 +1,4 @@
-"""Cells made by hand, whose expression tells which cell and which gene a value came from."""
+"""Hand-made cells, whose expression values identify cell and gene."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ GENES = ["g0", "g1", "g2", "g3"]
 
 @pytest.fixture
 def make_cells() -> Callable[..., ad.AnnData]:
-    """Function from (label, group) pairs to cells: the value of gene g in cell c is 10 c + g + 1."""
+    """Return a function from (label, group) pairs to cells, with the value 10 c + g + 1 for gene g in cell c."""
 
     def make(rows: Sequence[tuple[str, str]], kind: Callable = sp.csr_matrix, **obs) -> ad.AnnData:
         table = pd.DataFrame(rows, columns=["condition", "cell_type"]).assign(**obs)
@@ -26,6 +26,6 @@ def make_cells() -> Callable[..., ad.AnnData]:
 
 @pytest.fixture
 def cells(make_cells) -> ad.AnnData:
-    """Two groups, each with controls, both singles and their combination."""
+    """Two groups, each with controls, two single perturbations and their combination."""
     labels = ["P", "control", "P+Q", "Q", "control", "P"]
     return make_cells([(label, group) for group in ("b", "a") for label in labels])

@@ -1,4 +1,4 @@
-"""PerturBench's own commands with our model, none of its files changed, beside our command on the same settings."""
+"""PerturBench's own commands with our model, compared with our command under the same settings."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from primeflow_perturbench.perturbench.backend import backend
 
 pytestmark = pytest.mark.skipif(backend() != "perturbench", reason="needs a package perturbench")
 
-# What both commands are told; everything else is each one's own configuration.
+# Settings of both commands; everything else comes from the configuration of each.
 MODEL = [
     "model=primeflow_mlp",
     "model.network.width=24",
@@ -38,8 +38,8 @@ MODEL = [
     "++trainer.max_epochs=2",
     "++trainer.enable_progress_bar=false",
 ]
-# What PerturBench's own trainer and callbacks do, said to ours.
-LIKE_THE_HOST = [
+# Make our trainer and callbacks behave like PerturBench's.
+LIKE_PERTURBENCH = [
     "trainer.max_steps=-1",
     "trainer.check_val_every_n_epoch=1",
     "trainer.val_check_interval=1.0",
@@ -52,7 +52,7 @@ LIKE_THE_HOST = [
 
 
 def call(*command, environment=None) -> str:
-    """Standard output of a command that succeeds."""
+    """Run a Python command that must succeed, and return its standard output."""
     given = os.environ | {"OMP_NUM_THREADS": "1", "PRIMEFLOW_BENCHMARK": "perturbench"} | (environment or {})
     done = subprocess.run([sys.executable, *command], env=given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
@@ -61,40 +61,41 @@ def call(*command, environment=None) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, screen_path) -> Path:
-    """A folder of data with the screen under a name of the benchmark's."""
+    """A data folder that holds the screen under the name of a data set of PerturBench."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(screen_path, folder / "norman19_processed.h5ad")
     return folder
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory, data) -> tuple[Path, str]:
+def perturbench_run(tmp_path_factory, data) -> tuple[Path, str]:
     """Folder and output of a run of PerturBench's own ``train``."""
-    folder = tmp_path_factory.mktemp("host")
-    said = call(
+    folder = tmp_path_factory.mktemp("perturbench_run")
+    output = call(
         *("-m", "perturbench.modelcore.train", "data=norman19_no_controls", *MODEL),
         *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={folder}"),
     )
-    return folder, said
+    return folder, output
 
 
-def test_its_own_train_trains_tests_and_prints_the_summary(host):
-    folder, said = host
+def test_perturbenchs_train_prints_the_summary_of_our_model(perturbench_run):
+    folder, output = perturbench_run
     assert list((folder / "checkpoints").glob("*.ckpt"))
     for metric in ("rmse_average", "rmse_rank_average", "cosine_logfc"):
-        assert metric in said
-    assert "PRiMeFlow" in said
+        assert metric in output
+    assert "PRiMeFlow" in output
 
 
-def test_our_train_gives_the_same_numbers_from_the_same_seed(host, tmp_path, data):
-    _, said = host
+@pytest.mark.slow
+def test_our_train_gives_the_same_numbers_from_the_same_seed(perturbench_run, tmp_path, data):
+    _, output = perturbench_run
     call(
-        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_THE_HOST),
+        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_PERTURBENCH),
         *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={tmp_path}"),
     )
     ours = pd.read_csv(tmp_path / "summary.csv", index_col=0)["PRiMeFlow"]
     for metric in ("rmse_average", "rmse_rank_average", "cosine_logfc"):
-        line = next(line for line in said.splitlines() if line.startswith(f"{metric} "))
+        line = next(line for line in output.splitlines() if line.startswith(f"{metric} "))
         assert ours[metric] == float(line.split()[-1])
     table = pd.read_csv(tmp_path / "table.csv", index_col=0)
     assert table["PRiMeFlow"]["rmse_average"] == pytest.approx(ours["rmse_average"], rel=1e-3)
@@ -102,11 +103,11 @@ def test_our_train_gives_the_same_numbers_from_the_same_seed(host, tmp_path, dat
     assert ad.read_h5ad(tmp_path / "predicted.h5ad").n_vars == 128
 
 
-def test_the_embedded_subset_learns_the_same_split(host, tmp_path, data):
-    """Without PerturBench the order of the batches is another, the split and the conditions are not."""
-    folder, _ = host
+@pytest.mark.slow
+def test_the_embedded_subset_draws_the_same_split(perturbench_run, tmp_path, data):
+    folder, _ = perturbench_run
     call(
-        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_THE_HOST),
+        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_PERTURBENCH),
         *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={tmp_path}"),
         environment={"PRIMEFLOW_BENCHMARK": "embedded"},
     )
@@ -114,8 +115,9 @@ def test_the_embedded_subset_learns_the_same_split(host, tmp_path, data):
     pd.testing.assert_series_equal(*splits)
 
 
-def test_its_own_predict_gives_cells(host, tmp_path, data):
-    folder, _ = host
+@pytest.mark.slow
+def test_perturbenchs_predict_writes_cells(perturbench_run, tmp_path, data):
+    folder, _ = perturbench_run
     checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
     screen = ad.read_h5ad(data / "norman19_processed.h5ad", backed="r")
     line = screen.obs["cell_type"].iloc[0]
@@ -143,8 +145,8 @@ def test_its_own_predict_gives_cells(host, tmp_path, data):
         ["experiment=primeflow/norman19", "trainer=ddp"],
     ],
 )
-def test_our_options_resolve_among_its_own(given):
-    """`data` stays PerturBench's own where both have a file of the name."""
+def test_our_configs_resolve_in_perturbench(given):
+    """For names that both have, the `data` config is PerturBench's."""
     with hydra.initialize_config_module("perturbench.configs", version_base="1.3"):
         cfg = hydra.compose("train", overrides=["data=norman19_no_controls", "paths.output_dir=x", *given])
     for part in (cfg.model, cfg.data, cfg.trainer):
@@ -158,16 +160,17 @@ def test_our_options_resolve_among_its_own(given):
 AS_CONSOLE_SCRIPT = ["-c", "from perturbench.modelcore.train import main; main()"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [["-m", "perturbench.modelcore.train"], AS_CONSOLE_SCRIPT])
-def test_an_experiment_of_ours_resolves_in_its_command(start):
-    """Hydra names the folder of configurations differently for a script and for a console script."""
-    said = call(*start, "experiment=primeflow/norman19", "--cfg", "job")
-    assert "_target_: primeflow_perturbench.model.PRiMeFlow" in said
-    assert "_target_: perturbench.data.modules.AnnDataLitModule" in said
+def test_our_experiments_resolve_in_perturbenchs_train(start):
+    """Hydra locates the configs of a module and of a console script differently."""
+    output = call(*start, "experiment=primeflow/norman19", "--cfg", "job")
+    assert "_target_: primeflow_perturbench.model.PRiMeFlow" in output
+    assert "_target_: perturbench.data.modules.AnnDataLitModule" in output
 
 
-def test_its_other_models_are_what_they_were():
-    """A run that does not ask for PRiMeFlow composes to the same settings with our plugin hidden."""
+@pytest.mark.slow
+def test_other_models_are_unaffected_by_our_plugin():
     seen = call("-m", "perturbench.modelcore.train", "--cfg", "job")
     hidden = call("-c", HIDING, "--cfg", "job")
     assert seen == hidden
