@@ -17,6 +17,7 @@ import pandas as pd
 import primeflow_perturbench.configs
 import pytest
 import yaml
+from builders import compose_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -105,8 +106,7 @@ def data_folder(tmp_path_factory, screen_path) -> Path:
 
 def compose(*overrides: str, folder: Path, root: str = "train") -> DictConfig:
     """Composed configuration of a run that writes to a folder."""
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose(root, overrides=[*overrides, f"paths.output_dir={folder}", "run_name=test"])
+    return compose_config([*overrides, f"paths.output_dir={folder}", "run_name=test"], root=root)
 
 
 def selecting(name: str, data: Path) -> list[str]:

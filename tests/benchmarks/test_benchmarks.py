@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from builders import compose_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "recipes")
@@ -29,8 +30,7 @@ def test_recipes_are_those_of_the_configs(recipe):
     overrides = [f"model={recipe}"]
     if recipe == "unet_patches":
         overrides = ["model=primeflow_fast", "model/network=unet_patches"]
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        model = hydra.compose("train", overrides=overrides).model
+    model = compose_config(overrides).model
     expected = hydra.utils.instantiate(model.network)(100, recipes.CONDITION_WIDTH)
     network = recipes.build(recipe, 100)
     network = network.network if recipes.RECIPES[recipe]["precondition"] else network

@@ -5,12 +5,12 @@ import logging
 from functools import partial
 
 import anndata as ad
-import hydra
 import lightning as L
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from rich.console import Console
 
 from primeflow_perturbench import PRiMeFlow
@@ -269,8 +269,7 @@ def test_statistics_of_a_continuous_covariate_are_the_training_cells():
 
 
 def compose(folder, *overrides, root="train"):
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose(root, overrides=[*overrides, f"paths.output_dir={folder}", "run_name=test"])
+    return compose_config([*overrides, f"paths.output_dir={folder}", "run_name=test"], root=root)
 
 
 HELD_OUT = ["G3", "G11"]

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import anndata as ad
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from omegaconf import OmegaConf
 
 from primeflow_perturbench import PRiMeFlow
@@ -45,9 +45,8 @@ METRICS = ["rmse_average", "rmse_rank_average", "cosine_logfc"]
 
 def settings(filename, folder, *overrides):
     """Compose the settings of a run that takes seconds and writes to ``folder``."""
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        given = [*SMALL, f"data.data.filename={filename}", f"paths.output_dir={folder}", "run_name=test", *overrides]
-        return hydra.compose("train", overrides=given)
+    given = [*SMALL, f"data.data.filename={filename}", f"paths.output_dir={folder}", "run_name=test", *overrides]
+    return compose_config(given)
 
 
 @pytest.fixture(scope="module")

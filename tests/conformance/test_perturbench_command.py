@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import anndata as ad
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
+from builders import compose_config
 from omegaconf import OmegaConf
 
 from primeflow_perturbench.perturbench.backend import backend
@@ -147,8 +147,7 @@ def test_perturbenchs_predict_writes_cells(perturbench_run, tmp_path, data):
 )
 def test_our_configs_resolve_in_perturbench(given):
     """For names that both have, the `data` config is PerturBench's."""
-    with hydra.initialize_config_module("perturbench.configs", version_base="1.3"):
-        cfg = hydra.compose("train", overrides=["data=norman19_no_controls", "paths.output_dir=x", *given])
+    cfg = compose_config(["data=norman19_no_controls", "paths.output_dir=x", *given], configs="perturbench.configs")
     for part in (cfg.model, cfg.data, cfg.trainer):
         OmegaConf.resolve(part)
     assert cfg.model._target_ == "primeflow_perturbench.model.PRiMeFlow"

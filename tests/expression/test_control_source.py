@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from builders import compose_config
 from torch import nn
 
 from primeflow_perturbench import model as model_module
@@ -330,8 +331,7 @@ def composed(folder, *overrides):
         "test=false",
         *overrides,
     ]
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose("train", overrides=settings)
+    return compose_config(settings)
 
 
 def trained(folder, *overrides):
@@ -379,7 +379,6 @@ def test_a_finetuned_model_keeps_the_space_that_its_weights_know(tmp_path):
 @pytest.mark.parametrize("gene_embedding", [True, False])
 def test_the_embedding_of_genes_is_a_setting_of_the_u_net(gene_embedding):
     given = ["data=h5ad", "model=primeflow", f"model.network.genes.gene_embedding={str(gene_embedding).lower()}"]
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        config = hydra.compose("train", overrides=given)
+    config = compose_config(given)
     network = hydra.utils.instantiate(config.model.network)(20, 5)
     assert network.genes.embedding.shape == (64, 20 if gene_embedding else 1)

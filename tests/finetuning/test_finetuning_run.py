@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import anndata as ad
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from rich.console import Console
 
 from primeflow_perturbench.errors import InputError
@@ -46,17 +46,15 @@ SETTINGS = [
 
 
 def run(folder: Path, cells: Path, *overrides: str, callbacks=()) -> dict:
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        cfg = hydra.compose(
-            "train",
-            [
-                *SETTINGS,
-                f"data.data.filename={cells}",
-                f"data.splitter.split_path={cells.with_suffix('.csv')}",
-                f"paths.output_dir={folder}",
-                *overrides,
-            ],
-        )
+    cfg = compose_config(
+        [
+            *SETTINGS,
+            f"data.data.filename={cells}",
+            f"data.splitter.split_path={cells.with_suffix('.csv')}",
+            f"paths.output_dir={folder}",
+            *overrides,
+        ]
+    )
     return train(cfg, callbacks)
 
 

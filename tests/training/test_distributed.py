@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import TCPStore
@@ -82,8 +83,7 @@ def together(tmp_path_factory, split) -> Path:
 
 
 def compose(*overrides: str, settings=SETTINGS):
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose("train", overrides=[*settings, *overrides])
+    return compose_config([*settings, *overrides])
 
 
 def primeflow_train(

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import hydra
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from builders import compose_config
 from omegaconf import DictConfig
 
 from primeflow_perturbench.data.atlas.cells import open_atlas
@@ -73,8 +73,7 @@ def manifest(tmp_path_factory) -> Path:
 @cache
 def composed(*overrides: str) -> DictConfig:
     resolvers.register()
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose("train", [*SETTINGS, *overrides])
+    return compose_config([*SETTINGS, *overrides])
 
 
 def run(manifest: Path, folder: Path, *overrides: str, ckpt_path: Path | None = None, num_workers: int = 0) -> dict:

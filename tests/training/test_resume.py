@@ -8,10 +8,10 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
-import hydra
 import lightning as L
 import pytest
 import torch
+from builders import compose_config
 from omegaconf import DictConfig
 
 from primeflow_perturbench.model import PRiMeFlow
@@ -77,8 +77,7 @@ class Stop(L.Callback):
 @cache
 def composed(*overrides: str) -> DictConfig:
     resolvers.register()
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose("train", [*SETTINGS, *overrides])
+    return compose_config([*SETTINGS, *overrides])
 
 
 def run(folder: Path, *overrides: str, ckpt_path: Path | None = None, num_workers: int = 0) -> Path:

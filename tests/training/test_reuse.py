@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from builders import compose_config
 from filelock import FileLock
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -42,8 +42,7 @@ SMALL = [
 
 def settings(folder: Path, *overrides: str, filename: object = "cells.h5ad"):
     given = [f"data.data.filename={filename}", "run_name=x", f"paths.output_dir={folder}", *overrides]
-    with initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return compose("train", given)
+    return compose_config(given)
 
 
 def test_settings_of_sampling_and_scoring_do_not_change_the_digest_of_a_training(tmp_path):

@@ -4,11 +4,11 @@ import io
 import sys
 
 import anndata as ad
-import hydra
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -103,8 +103,7 @@ def predicted(run, folder, rows, *overrides):
         "model.solver.method=euler",
         "model.solver.steps=2",
     ]
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        cfg = hydra.compose("predict", overrides=[*given, *overrides])
+    cfg = compose_config([*given, *overrides], root="predict")
     path = predict_run(cfg, Console(file=io.StringIO()))
     if path.is_dir():
         return {name: values for file in path.glob("*.h5ad") for name, values in by_label(ad.read_h5ad(file)).items()}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 from omegaconf import DictConfig
 
 from primeflow_perturbench.perturbench.embedded.data.datasets import SingleCellPerturbationWithControls
@@ -21,8 +22,7 @@ CONDITION = "data.data_iter_factory"
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        return hydra.compose("train", ["data=h5ad", "model=primeflow_mlp", *overrides])
+    return compose_config(["data=h5ad", "model=primeflow_mlp", *overrides])
 
 
 @pytest.fixture

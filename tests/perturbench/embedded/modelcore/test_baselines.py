@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import compose_config
 
 from primeflow_perturbench.perturbench.embedded.data.datasets import Counterfactual, SingleCellPerturbationWithControls
 from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
@@ -90,15 +91,13 @@ def test_unknown_constructor_arguments_are_an_error(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_name_every_constructor_argument(name):
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        cfg = hydra.compose("train", ["data=h5ad_controls", f"model={name}"])
+    cfg = compose_config(["data=h5ad_controls", f"model={name}"])
     knobs = set(inspect.signature(BASELINES[name].__init__).parameters) - {"self", "lr_scheduler", *INJECTED}
     assert set(cfg.model) == knobs | {"_target_"}
     model = hydra.utils.instantiate(cfg.model, n_genes=G, n_perts=P, transform=None, context=CONTEXT, evaluation=None)
     assert type(model) is BASELINES[name]
     assert model.lr == cfg.model.lr
-    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
-        cfg = hydra.compose("train", ["data=h5ad_controls", f"model={name}", "model/lr_scheduler=warmup_cosine"])
+    cfg = compose_config(["data=h5ad_controls", f"model={name}", "model/lr_scheduler=warmup_cosine"])
     assert "conf" in cfg.model.lr_scheduler
 
 
