@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 from primeflow_perturbench.cli.common import answering, make_console
 
@@ -123,7 +125,10 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
     parser.add_argument(
-        "--delimiter", default="+", help="text between the parts of a combination, or '' (default: %(default)s)"
+        "--delimiter",
+        type=lambda text: text or None,
+        default="+",
+        help="text between the parts of a combination, or '' (default: %(default)s)",
     )
 
 
@@ -154,41 +159,44 @@ def _download(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> None:
-    from primeflow_perturbench.data.check_report import STYLES, check_table, verdict
+    from primeflow_perturbench.data.check_report import check_table
     from primeflow_perturbench.data.checks import check_anndata, read_h5ad
 
     if chosen.file.endswith((".yaml", ".yml")):
-        _check_atlas(chosen.file, console)
+        from primeflow_perturbench.data.atlas.report import check_atlas
+
+        table, errors = check_atlas(chosen.file)
+        _report(console, chosen.file, table, errors, [])
         return
     columns = {
         "filename": chosen.file,
         "perturbation_key": chosen.perturbation_key,
         "perturbation_control_value": chosen.control,
         "covariate_keys": chosen.covariate_keys,
-        "perturbation_combination_delimiter": chosen.delimiter or None,
+        "perturbation_combination_delimiter": chosen.delimiter,
     }
     adata = read_h5ad(chosen.file, backed=True)
     findings = check_anndata(adata, **columns)
-    console.print(check_table(adata, findings, **columns))
-    for finding in findings:
-        console.print(f"{finding.level}: ", style=STYLES[finding.level], end="")
-        console.print(finding.sentence, highlight=False, markup=False, soft_wrap=True)
-    console.print(verdict(findings, chosen.file), style="bold", highlight=False, markup=False, soft_wrap=True)
-    if any(finding.level == "error" for finding in findings):
-        sys.exit(WILL_NOT_TRAIN)
+    errors, warnings = (
+        [finding.sentence for finding in findings if finding.level == level] for level in ("error", "warning")
+    )
+    _report(console, chosen.file, check_table(adata, findings, **columns), errors, warnings)
 
 
-def _check_atlas(manifest: str, console: Console) -> None:
-    from primeflow_perturbench.data.atlas.report import check_atlas
+def _report(console: Console, file: str, table: Table, errors: Sequence[str], warnings: Sequence[str]) -> None:
+    """Print a table, its messages and whether a model can train on the file; exit if it cannot."""
     from primeflow_perturbench.data.check_report import STYLES
+    from primeflow_perturbench.errors import counted
 
-    table, errors = check_atlas(manifest)
     console.print(table)
-    for sentence in errors:
-        console.print("error: ", style=STYLES["error"], end="")
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    outcome = f"will not train: {len(errors)} error{'s' * (len(errors) > 1)}" if errors else "will train"
-    console.print(f"{manifest} {outcome}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    for level, messages in (("error", errors), ("warning", warnings)):
+        for message in messages:
+            console.print(f"{level}: ", style=STYLES[level], end="")
+            console.print(message, highlight=False, markup=False, soft_wrap=True)
+    outcome = f"will not train: {counted(errors, 'error')}" if errors else "will train"
+    if warnings and not errors:
+        outcome += f", with {counted(warnings, 'warning')}"
+    console.print(f"{file} {outcome}", style="bold", highlight=False, markup=False, soft_wrap=True)
     if errors:
         sys.exit(WILL_NOT_TRAIN)
 
@@ -196,38 +204,23 @@ def _check_atlas(manifest: str, console: Console) -> None:
 def _preprocess(chosen: argparse.Namespace, console: Console) -> None:
     from primeflow_perturbench.data.preprocess import preprocess
 
-    preprocess(
-        chosen.source,
-        chosen.target,
-        perturbation_key=chosen.perturbation_key,
-        covariate_keys=chosen.covariate_keys,
-        control=chosen.control,
-        delimiter=chosen.delimiter or None,
-        counts_layer=chosen.counts_layer,
-        n_top_genes=chosen.n_top_genes,
-        n_de_genes=chosen.n_de_genes,
-        target_sum=chosen.target_sum,
-        console=console,
-    )
+    settings = vars(chosen)
+    del settings["command"]
+    preprocess(settings.pop("source"), settings.pop("target"), **settings, console=console)
 
 
 def _split(chosen: argparse.Namespace, console: Console) -> None:
     from primeflow_perturbench.data.splits import read_context, read_labels, write_split
     from primeflow_perturbench.errors import InputError
 
-    narrowed = chosen.task == "narrow"
-    if narrowed and chosen.test_perturbations is None:
-        raise InputError("primeflow data split --task narrow: found no --test-perturbations, expected a CSV of labels")
-    write_split(
-        chosen.file,
-        chosen.target,
-        context=read_context(chosen.context),
-        task=chosen.task,
-        test=read_labels(chosen.test_perturbations, chosen.perturbation_key) if narrowed else (),
-        perturbation_key=chosen.perturbation_key,
-        control=chosen.control,
-        delimiter=chosen.delimiter or None,
-        val_fraction=chosen.val_fraction,
-        seed=chosen.seed,
-        console=console,
-    )
+    settings = vars(chosen)
+    labels = settings.pop("test_perturbations")
+    if chosen.task == "narrow":
+        if labels is None:
+            raise InputError(
+                "primeflow data split --task narrow: found no --test-perturbations, expected a CSV of labels"
+            )
+        settings["test"] = read_labels(labels, chosen.perturbation_key)
+    settings["context"] = read_context(chosen.context)
+    del settings["command"]
+    write_split(settings.pop("file"), settings.pop("target"), **settings, console=console)

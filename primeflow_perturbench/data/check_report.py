@@ -55,14 +55,6 @@ def check_table(
     return table
 
 
-def verdict(findings: Sequence[Finding], filename: str) -> str:
-    """One line that says whether a model would train on the file."""
-    levels = [finding.level for finding in findings]
-    if errors := levels.count("error"):
-        return f"{filename} will not train: {errors} error{'s' * (errors > 1)}"
-    return f"{filename} will train" + (f", with {len(levels)} warning{'s' * (len(levels) > 1)}" if levels else "")
-
-
 def _worst_level(findings: Sequence[Finding], place: str) -> str:
     """The worst level among the findings at a place or within it."""
     levels = {finding.level for finding in findings if f"{finding.where},".startswith(f"{place},")}

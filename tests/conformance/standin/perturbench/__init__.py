@@ -1,4 +1,4 @@
-"""A stand-in for PerturBench with the interface that the real one has, and nothing beyond it.
+"""A stand-in for PerturBench with its interface and nothing else.
 
 Made for tests: its parts come from the embedded subset, but what that offers on top is hidden, so that a model
 which leans on it fails here as it would in a real installation.

@@ -1,4 +1,4 @@
-"""What the evaluation says of input it cannot score."""
+"""Messages of the evaluation for invalid input."""
 
 import anndata as ad
 import numpy as np

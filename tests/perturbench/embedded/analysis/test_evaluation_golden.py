@@ -1,4 +1,4 @@
-"""The embedded evaluation gives the numbers of the real one, recorded in the golden files."""
+"""The embedded evaluation equals PerturBench's, recorded in the golden files."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ PIPELINES = [
     ids=["screen", "devel"],
 )
 def golden(request):
-    """Folder of golden files, with an evaluation that has run every pipeline on its cells."""
+    """Folder of the golden files, and an evaluation that has run every pipeline on their cells."""
     folder = request.param
     evaluation = Evaluation(
         ad.read_h5ad(folder / "prediction.h5ad"),

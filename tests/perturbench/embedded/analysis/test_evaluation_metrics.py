@@ -1,4 +1,4 @@
-"""Aggregations and metrics against independent rewrites."""
+"""Aggregations and metrics against independent implementations."""
 
 import numpy as np
 import pandas as pd
@@ -124,7 +124,7 @@ def test_energy_distance_equals_geomloss():
 
 
 def screen(dtype):
-    """Cells with silent genes, constant genes and genes that only one side has."""
+    """Cells with genes that are zero, constant or expressed on one side only."""
     x = np.maximum(RNG.normal(1, 1, size=(90, 40)), 0).astype(dtype)
     labels = np.repeat(["a", "b", "control"], [25, 35, 30])
     x[:, 0] = 0

@@ -1,4 +1,4 @@
-"""Evaluation of made-up screens: ranks, groups, sparse and reordered input, tables."""
+"""Evaluation of artificial screens: ranks, groups, sparse and reordered input, tables."""
 
 import anndata as ad
 import numpy as np
@@ -216,10 +216,10 @@ def test_single_cells_are_scored_without_variances():
 
 
 def test_progress_is_reported(ref):
-    told = []
+    calls = []
     evaluation = Evaluation(drop_controls(make(seed=1)), ref, "drug", ctrl="control")
-    run_pipelines(evaluation, DEFAULT_PIPELINES[:2], lambda *args: told.append(args))
-    assert told == [(0, 2, "rmse_average and ranks"), (1, 2, "cosine_pca_average and ranks"), (2, 2, "done")]
+    run_pipelines(evaluation, DEFAULT_PIPELINES[:2], lambda *args: calls.append(args))
+    assert calls == [(0, 2, "rmse_average and ranks"), (1, 2, "cosine_pca_average and ranks"), (2, 2, "done")]
 
 
 def test_rounding_keeps_significant_digits():

@@ -1,4 +1,4 @@
-"""The table of cells: labels, columns, genes and every way in which a matrix can be stored."""
+"""The table of cells: labels, columns, genes and all storage formats of the matrix."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Data sets: the golden batches, matched controls, and conditions that nobody measured."""
+"""Data sets: golden batches, matched controls, and unseen conditions."""
 
 import json
 import random
@@ -29,7 +29,7 @@ COLUMNS = {"perturbation_key": "condition", "covariate_keys": ["cell_type"]}
 
 
 def with_transform(made):
-    """A data set that `from_anndata` made, its batches as tensors."""
+    """A data set from `from_anndata` that returns tensors."""
     dataset, context = made
     dataset.transform = SingleCellPipeline(
         context["perturbation_uniques"], context["covariate_uniques"], dataset.perturbation_embeddings
@@ -38,7 +38,7 @@ def with_transform(made):
 
 
 def assert_same_batches(a, b) -> None:
-    """Equal in every field but ids."""
+    """Assert that all fields but the ids are equal."""
     for name, x, y in zip(a._fields, a, b, strict=True):
         if isinstance(x, torch.Tensor):
             assert torch.equal(x, y), name
@@ -63,7 +63,7 @@ def assert_same_batches(a, b) -> None:
     ids=["screen", "devel"],
 )
 def golden(request):
-    """Folder of golden files and the cells that they tell of, with their split in ``obs``."""
+    """Folder of the golden files, and their cells with the split in ``obs``."""
     folder, path = request.param
     adata = ad.read_h5ad(path)
     adata.obs["split"] = pd.read_csv(folder / "split.csv", header=None, index_col=0)[1].reindex(adata.obs_names)
@@ -231,7 +231,7 @@ def test_known_conditions_reports_unknown_labels(cells):
 
 
 def groups_of_values(values: torch.Tensor) -> list[str]:
-    """Group of each control by its value of the first gene."""
+    """Return the group of each control, identified by its value of the first gene."""
     return [{11: "b", 41: "b", 71: "a", 101: "a"}[int(value)] for value in values]
 
 

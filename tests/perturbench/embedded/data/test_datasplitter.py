@@ -1,4 +1,4 @@
-"""Splits: the golden files cell for cell, what every split must hold, and what bad input is told."""
+"""Splits: equality with the golden files, properties of every split, and messages for invalid input."""
 
 import gzip
 import os
@@ -113,7 +113,7 @@ def test_a_wider_holdout_of_devel_equals_perturbench(devel):
     assert_same_split(draw_split(config, devel, *LABELS), read_golden(DEVEL / "split.csv"))
 
 
-# What every split must hold
+# Properties of every split
 
 
 @pytest.mark.parametrize("covariate_keys", [["cell_type"], ["cell_type", "treatment"]])
@@ -330,7 +330,7 @@ def test_a_split_file_may_have_more_cells_than_the_data(tmp_path):
     assert split["NA"] == "train"
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whole batches: epochs, devices, restarts."""
+"""Loaders of whole batches: epochs, devices and restarts."""
 
 from itertools import chain
 
@@ -18,7 +18,7 @@ def sampler_of(n: int = 23, batch_size: int = 4, shuffle: bool = True, seed: int
 
 
 class Squares(torch.utils.data.Dataset):
-    """Indexed by a list of positions."""
+    """A data set that can be indexed with a list of positions."""
 
     def __getitem__(self, positions):
         return tuple(position**2 for position in positions)
@@ -26,7 +26,7 @@ class Squares(torch.utils.data.Dataset):
 
 @pytest.fixture
 def as_device(monkeypatch):
-    """Function that makes samplers believe that they are on a device of several."""
+    """Return a function that simulates one of several devices."""
 
     def believe(rank: int, world: int) -> None:
         monkeypatch.setattr(EpochBatches, "_devices", property(lambda self: (rank, world)))
@@ -85,7 +85,7 @@ def test_two_devices_share_each_global_batch(as_device, n, last):
     assert [len(part[-1]) for part in parts] == last
     for whole, first, second in zip(together, *parts, strict=True):
         assert sorted({*first, *second}) == sorted(whole)
-        # Only a batch of fewer cells than devices has a cell twice.
+        # Only a batch with fewer cells than devices repeats a cell.
         assert len(first) + len(second) == max(2, len(whole))
 
 
@@ -115,7 +115,7 @@ def test_loader_state_restores_epoch_batch_and_seed(progress, epoch, num_workers
     state = BatchLoader(Squares(), sampler=sampler_of(seed=7), progress=lambda: progress).state_dict()
     loader = BatchLoader(Squares(), sampler=sampler_of(seed=8), num_workers=num_workers)
     loader.load_state_dict(state)
-    # Workers run ahead: the epoch must be right before anyone sets it.
+    # Workers prefetch, so the epoch must be right before it is set.
     rest = list(loader)
     expected = epoch_of(sampler_of(seed=7), epoch)[progress[1] % 6 :]
     assert rest == [tuple(position**2 for position in batch) for batch in expected]

@@ -1,4 +1,4 @@
-"""The data module, composed as a run composes it."""
+"""The data module, composed as in a run."""
 
 import logging
 from copy import deepcopy
@@ -27,7 +27,7 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def make_module(tmp_path, screen_path):
-    """Function from overrides to a data module; the run's folder is ``tmp_path``."""
+    """Return a function from overrides to a data module that writes to ``tmp_path``."""
 
     def make(*overrides: str, filename=screen_path) -> AnnDataLitModule:
         cfg = deepcopy(composed(*overrides))
@@ -39,7 +39,7 @@ def make_module(tmp_path, screen_path):
 
 @pytest.fixture
 def write_cells(tmp_path, make_cells):
-    """Function from (label, group, split) triples to the overrides of a module that reads them."""
+    """Return a function from (label, group, split) triples to the overrides of a module that reads them."""
 
     def write(rows) -> list[str]:
         make_cells([row[:2] for row in rows]).write_h5ad(tmp_path / "cells.h5ad")
@@ -234,7 +234,7 @@ def test_perturbation_embeddings_reach_the_batches(make_module, tmp_path):
     assert next(iter(module.train_dataloader())).perturbations.shape == (256, 5)
 
 
-# Perturbations that training lacks
+# Perturbations without training cells
 
 
 def test_unseen_perturbations_are_dropped_with_a_warning(make_module, write_cells, tmp_path, caplog):
@@ -287,7 +287,7 @@ def test_a_split_file_without_test_cells_is_an_error(make_module, write_cells, t
         make_module(*overrides, filename=tmp_path / "cells.h5ad").setup("fit")
 
 
-# Bad files and settings
+# Invalid files and settings
 
 
 def test_a_missing_file_is_an_error(make_module, tmp_path):

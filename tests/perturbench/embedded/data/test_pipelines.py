@@ -1,4 +1,4 @@
-"""From labels and matrices to tensors."""
+"""The transform of labels and matrices to tensors."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The baselines: what they can fit, what each knob does, what their checkpoints keep."""
+"""Baselines: what they can fit, the effect of each setting, and their checkpoints."""
 
 import inspect
 from copy import deepcopy
@@ -60,7 +60,7 @@ def make_batch(n: int = B, seed: int = 0) -> Batch:
 
 
 def fit(model, batch: Batch, steps: int, lr: float) -> float:
-    """Mean squared error after some steps of Adam on one batch."""
+    """Return the mean squared error after some steps of Adam on one batch."""
     model.lr = lr
     optimizer = model.configure_optimizers()
     for _ in range(steps):
@@ -72,7 +72,7 @@ def fit(model, batch: Batch, steps: int, lr: float) -> float:
 
 
 def moved(model, batch: Batch, **changes) -> bool:
-    """Whether predictions change with fields of the batch."""
+    """Whether the predictions depend on these fields of the batch."""
     model.eval()
     return not torch.equal(model.predict(batch), model.predict(batch._replace(**changes)))
 
@@ -138,7 +138,7 @@ def test_losses_are_logged_with_the_number_of_cells(name):
 
 
 def planted_cells() -> tuple[ad.AnnData, np.ndarray]:
-    """Cells of one group whose perturbations add effects (P, G) to constant controls, and these effects."""
+    """Cells of one group whose perturbations add effects (P, G) to constant controls, and the effects."""
     effects = np.arange(1, 1 + P * G).reshape(P, G) / 4.0
     labels = ["control", "A", "B", "C", "A+B", "B+C"] * 4
     parts = np.array([[name in label.split("+") for name in "ABC"] for label in labels], dtype=float)
@@ -162,7 +162,7 @@ def test_linear_additive_recovers_planted_effects():
     np.testing.assert_allclose(found, solution, atol=1e-3)
     np.testing.assert_allclose(found, effects, atol=0.03)
 
-    # A pair that nobody measured gets the sum of its parts.
+    # An unseen combination gets the sum of its parts.
     conditions = pd.DataFrame({"condition": ["A+C"]})
     unseen, _ = Counterfactual.from_anndata(cells, conditions, "condition")
     unseen.transform = dataset.transform
@@ -296,7 +296,7 @@ def test_invalid_settings_are_errors(name, knobs, message):
 
 @pytest.fixture(scope="module")
 def configs(screen_path):
-    """Composed configuration of a tiny run by name of the model."""
+    """Configs of tiny runs by name of the model."""
     settings = [
         f"data.data.filename={screen_path}",
         "data.loader.batch_size=250",

@@ -12,7 +12,7 @@ from primeflow_perturbench.perturbench.embedded.modelcore.models import base
 
 
 class PerturbationModel(L.LightningModule):
-    """Base class of the models, written anew from the interface."""
+    """Base class of the models, written from the interface alone."""
 
     COMPATIBLE_DATASETS = ("SingleCellPerturbationWithControls",)
 
@@ -92,7 +92,7 @@ class PerturbationModel(L.LightningModule):
 
 
 class MeanModel(PerturbationModel):
-    """A model of the stand-in's own: predicts the controls it is given."""
+    """A model of the stand-in that predicts the controls of the batch."""
 
     def __init__(self, gene_names=None, **settings):
         super().__init__(**settings)
