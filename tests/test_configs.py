@@ -221,7 +221,7 @@ def test_every_model_takes_a_step_and_is_tested(model, tmp_path, data_folder):
         # The paper's network takes its step at full size in an experiment.
         overrides.append("model.network.channels=8")
     if model not in BASELINES:
-        overrides += ["model.solver.steps=1", "model.calibration_cells=32"]
+        overrides += ["model.sampler.solver.steps=1", "model.sampler.calibration_cells=32"]
     done = train(compose(*overrides, folder=tmp_path))
     assert done["model"].summary_metrics.notna().all().all()
 
@@ -247,9 +247,9 @@ def test_the_recipe_on_the_benchmarks_data_is_the_papers(name, tmp_path, data_fo
     """One GPU makes the effective batch of the paper's many, and the pipelines print the paper's metrics."""
     cfg = compose(*selecting(name, data_folder), folder=tmp_path)
     assert cfg.data.loader.batch_size * cfg.trainer.accumulate_grad_batches == 768
-    assert cfg.model.cells_per_condition == 1000
-    assert (cfg.model.solver.method, cfg.model.solver.steps) == ("euler", 100)
-    assert cfg.model.condition_dropout == 0.2
+    assert cfg.model.sampler.cells_per_condition == 1000
+    assert (cfg.model.sampler.solver.method, cfg.model.sampler.solver.steps) == ("euler", 100)
+    assert cfg.model.objective.condition_dropout == 0.2
     assert cfg.model.network.channels == 64
     pipelines = {(each.aggregation, each.metric) for each in cfg.data.evaluation.evaluation_pipelines}
     assert pipelines == {

@@ -1,17 +1,19 @@
 import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import anndata as ad
 import hydra
 import lightning as L
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import model_settings
 from torch import nn
 
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
@@ -20,6 +22,7 @@ from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.unet import UNet
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.sampling.settings import SamplingSettings
 from primeflow_perturbench.simulation.screen import Screen, ScreenSpec
 from primeflow_perturbench.training.checkpoints import Checkpoint
 
@@ -67,7 +70,7 @@ def build(perturbed=True, covariates=None, **settings):
         "solver": ODESolver("midpoint", steps=3),
         "detection_limit": None,
     }
-    model = PRiMeFlow(**{**given, **settings})
+    model = PRiMeFlow(**model_settings(**{**given, **settings}))
     if perturbed:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -167,10 +170,10 @@ def test_the_keys_of_every_model_config_are_parameters(name):
         ({"guidance": -1.0}, "guidance must be at least 0, got -1.0"),
         ({"guidance": 2.0, "condition_dropout": 0.0}, "guidance 2.0 needs a null condition"),
         ({"guidance": 0.0, "condition_dropout": 0.0}, "guidance 0.0 needs a null condition"),
-        ({"calibrate": True}, "calibrate must be 'none', 'mean' or 'marginals', got True"),
+        ({"calibrate": True}, "calibrate must be 'none' or 'marginals', got True"),
         ({"calibration_cells": 0}, "calibration_cells must be at least 1, got 0"),
         ({"cells_per_condition": 0}, "cells_per_condition must be at least 1, got 0"),
-        ({"detection_limit": "learned"}, "must be 'learnt', 'none' or a number, got 'learned'"),
+        ({"detection_limit": "learnt"}, "must be 'learned', 'none' or a number, got 'learnt'"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -179,7 +182,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_no_guidance_needs_no_dropout():
-    assert build(guidance=1.0, condition_dropout=0.0).guidance == 1
+    assert build(guidance=1.0, condition_dropout=0.0).sampler.guidance == 1
 
 
 # --- training
@@ -228,7 +231,7 @@ def test_condition_dropout_acts_in_training_alone(share):
     model = build(network=Recorder, condition_dropout=share)
     model.training_step(batch_of(["G0"] * n), 0)
     model.validation_step(batch_of(["G0"] * n), 0)
-    trained, validated = ((seen == model.encoder.null).all(dim=1) for seen in model.network.conditions)
+    trained, validated = ((seen == model.conditions(model.encoder.null)).all(dim=1) for seen in model.network.conditions)
     assert trained.float().mean() == pytest.approx(share, abs=0.03)
     assert not validated.any()
 
@@ -277,26 +280,26 @@ def test_a_given_limit_acts():
     assert torch.equal(build(detection_limit="none").predict(batch), free)
 
 
-def test_the_learnt_limit_is_half_the_tenth_percentile_of_the_training_cells():
+def test_the_learned_limit_is_half_the_tenth_percentile_of_the_training_cells():
     batch = batch_of(["G0"] * 50)
-    model = build(detection_limit="learnt")
-    with pytest.raises(InputError, match="learnt in training: train first, or set detection_limit=none"):
+    model = build(detection_limit="learned")
+    with pytest.raises(InputError, match="learned in training: train first, or set detection_limit=none"):
         model.predict(batch)
     fit(model, batch)
     expected = np.quantile(batch.gene_expression.numpy(), 0.1) / 2
-    assert model.learnt_detection_limit == pytest.approx(expected, abs=0.01)
+    assert model.learned_detection_limit == pytest.approx(expected, abs=0.01)
     assert expected > 0.03
     cells = model.predict(batch)
-    assert fraction_between(cells, 0, model.learnt_detection_limit) == 0
+    assert fraction_between(cells, 0, model.learned_detection_limit) == 0
     assert (cells > 0).any()
 
 
-def test_the_survey_ends_when_it_has_seen_enough(monkeypatch):
-    monkeypatch.setattr(PRiMeFlow, "SURVEYED_CELLS", 4)
+def test_statistics_stop_at_enough_cells(monkeypatch):
+    monkeypatch.setattr(PRiMeFlow, "STATISTICS_CELLS", 4)
     early, late = batch_of(), batch_of(gene_expression=batch_of().gene_expression + 5)
-    model = build(detection_limit="learnt")
+    model = build(detection_limit="learned")
     fit(model, early, late)
-    assert model.learnt_detection_limit < 1
+    assert model.learned_detection_limit < 1
 
 
 @pytest.mark.parametrize(
@@ -304,7 +307,7 @@ def test_the_survey_ends_when_it_has_seen_enough(monkeypatch):
     [
         (torch.tensor([[0.0, 3, 250, 1, 0, 7]]), "whole numbers up to 250, which look like raw counts"),
         (torch.tensor([[0.0, 0.5, -1.5, 1, 0, 7]]), "1 negative values, but log1p expression is never negative"),
-        (torch.tensor([[0.0, 0.5, torch.nan, torch.inf, 0, 7]]), "2 values that are NaN or infinite"),
+        (torch.tensor([[0.0, 0.5, torch.nan, torch.inf, 0, 7]]), "2 NaN or infinite values"),
     ],
 )
 def test_cells_that_are_not_log1p_expression_are_refused(expression, message):
@@ -353,7 +356,7 @@ def test_the_batch_size_of_sampling_changes_no_bit():
 
 def test_embeddings_of_perturbations_take_the_place_of_the_multi_hot():
     model = build(perturbation_embedding_width=5)
-    assert model.encoder.width == 5 + 2 + 1
+    assert model.conditions.width == 5 + 2 + 1
     one, other = (batch_of(perturbations=random(4, 5, seed=s)) for s in (0, 1))
     assert model.training_step(one, 0).isfinite()
     assert model.predict(one).shape == (4, len(GENES))
@@ -364,7 +367,7 @@ def test_embeddings_of_perturbations_take_the_place_of_the_multi_hot():
 
 def test_a_continuous_covariate():
     model = build(covariates={"line": ["alpha", "beta"], "dose": None})
-    assert model.encoder.width == 3 + 2 + 1 + 1
+    assert model.conditions.width == 3 + 2 + 1 + 1
     line = batch_of().covariates["line"]
     low, high = (batch_of(covariates={"line": line, "dose": torch.full((4, 1), dose)}) for dose in (0.0, 3.0))
     assert model.training_step(low, 0) != model.training_step(high, 0)
@@ -375,7 +378,7 @@ def test_a_continuous_covariate():
 def test_no_covariates(covariates):
     model = build(covariates={})
     batch = batch_of(covariates=covariates)
-    assert model.encoder.width == 3 + 1
+    assert model.conditions.width == 3 + 1
     assert model.training_step(batch, 0).isfinite()
     assert model.predict(batch).shape == (4, len(GENES))
 
@@ -437,7 +440,8 @@ def compose(folder, screen_path, *overrides, sizes=SIZES):
         "data.splitter.save=false",
         "model=primeflow_mlp",
         *sizes,
-        "model.solver.steps=4",
+        "model.sampler.solver.steps=4",
+        "model.sampler.detection_limit=learned",
         "trainer.max_steps=3",
         "trainer.val_check_interval=2",
         "trainer.accelerator=cpu",
@@ -472,14 +476,14 @@ def test_a_checkpoint_gives_the_same_cells_and_keeps_the_detection_limit(trained
     run, folder = trained
     path = folder / "checkpoints" / "step3.ckpt"
     model, again = reload(path), reload(path)
-    assert model.learnt_detection_limit == run["model"].learnt_detection_limit > 0.1
+    assert model.learned_detection_limit == run["model"].learned_detection_limit > 0.1
     assert model.gene_names == run["datamodule"].train_iterator.gene_names
     assert model.training_record["train_context"]["perturbation_uniques"]
     batch = next(iter(run["datamodule"].val_dataloader()))
     cells = model.predict(batch)
     assert torch.equal(cells, again.predict(batch))
     assert cells.shape == batch.gene_expression.shape
-    assert fraction_between(cells, 0, model.learnt_detection_limit) == 0
+    assert fraction_between(cells, 0, model.learned_detection_limit) == 0
     # Another model with these weights and this limit is the same model.
     run["model"].load_state_dict(model.state_dict())
     assert torch.equal(run["model"].predict(batch), cells)
@@ -489,87 +493,47 @@ def test_a_checkpoint_can_be_asked_for_other_sampling(trained):
     path = trained[1] / "checkpoints" / "step3.ckpt"
     batch = next(iter(trained[0]["datamodule"].val_dataloader()))
     guided = PRiMeFlow.load_from_checkpoint(
-        path, evaluation=None, map_location="cpu", weights_only=False, guidance=3.0, detection_limit="none"
+        path, evaluation=None, map_location="cpu", weights_only=False, sampler=SamplingSettings(guidance=3.0)
     )
-    assert guided.guidance == 3
+    assert guided.sampler.guidance == 3
     assert not torch.equal(guided.predict(batch), reload(path).predict(batch))
 
 
-@pytest.mark.parametrize("calibrate", ["mean", "marginals"])
-def test_calibrated_cells_have_the_predicted_marginals_and_a_checkpoint_keeps_them(tmp_path, screen_path, calibrate):
-    run = train(compose(tmp_path, screen_path, f"model.calibrate={calibrate}", "model.calibration_cells=256"))
+def test_calibrated_cells_have_the_predicted_marginals_and_a_checkpoint_keeps_them(tmp_path, screen_path):
+    calibrate = ["model.sampler.calibrate=marginals", "model.sampler.calibration_cells=256"]
+    run = train(compose(tmp_path, screen_path, *calibrate))
     loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
     dataset = run["datamodule"].train_iterator
     cells = dataset[list(range(len(dataset)))]
-    vectors = loaded.encoder(cells.perturbations, cells.covariates)
+    vectors = loaded.encoder(cells.perturbations, cells.covariates).vector()
     distinct, counts = vectors.unique(dim=0, return_counts=True)
-    most = distinct[counts.argmax()][None]
+    vector = distinct[counts.argmax()][None]
+    most = Condition.from_vector(vector, cells.perturbations.shape[1])
     # Where many cells were measured the predicted mean is near theirs, and so is that of as many generated ones.
-    measured = cells.gene_expression[(vectors == most).all(1)].mean(0)
-    limit = loaded.learnt_detection_limit
-    (mean,), (rate,) = loaded.marginals(most, limit)
-    assert torch.equal(mean, run["model"].marginals(most, limit)[0][0])
+    measured = cells.gene_expression[(vectors == vector).all(1)].mean(0)
+    limit = loaded.learned_detection_limit
+    (mean,), (rate,), _ = loaded.marginals.targets(most, limit)
+    assert torch.equal(mean, run["model"].marginals.targets(most, limit).mean[0])
     assert (mean - measured).abs().max() < 0.15
-    generated = loaded.generate(most.expand(256, -1))
+    generated = loaded.generate(most.expand(256))
     assert (generated.mean(0) - mean).abs().max() < 0.02
-    zeros = ((generated > 0).float().mean(0) - rate).abs().max()
-    assert zeros < 0.003 if calibrate == "marginals" else zeros > 0.05
+    assert ((generated > 0).float().mean(0) - rate).abs().max() < 0.003
     # Few cells are the first of many.
-    assert torch.equal(loaded.generate(most.expand(3, -1)), generated[:3])
-    loaded.calibrate = "none"
-    assert (loaded.generate(most.expand(256, -1)).mean(0) - mean).abs().max() > 0.2
+    assert torch.equal(loaded.generate(most.expand(3)), generated[:3])
+    loaded.sampler = replace(loaded.sampler, calibrate="none")
+    assert (loaded.generate(most.expand(256)).mean(0) - mean).abs().max() > 0.2
 
 
-def test_without_a_detection_limit_marginals_are_means(tmp_path, screen_path):
-    """Who wants no zeros gets none."""
-    train(compose(tmp_path, screen_path, "model.calibrate=marginals", "model.calibration_cells=64"))
-    loaded = reload(tmp_path / "checkpoints" / "step3.ckpt")
-    loaded.detection_limit = None
-    condition = loaded.encoder.null[None].expand(64, -1)
-    both = loaded.generate(condition)
-    loaded.calibrate = "mean"
-    assert torch.equal(loaded.generate(condition), both)
-
-
-def test_calibration_needs_a_training_that_learnt_the_means(trained):
+def test_calibration_needs_a_training_that_learned_the_means(trained):
     model = PRiMeFlow.load_from_checkpoint(
         trained[1] / "checkpoints" / "step3.ckpt",
         evaluation=None,
         map_location="cpu",
         weights_only=False,
-        calibrate="mean",
+        sampler=SamplingSettings(calibrate="marginals"),
     )
-    with pytest.raises(InputError, match="learnt in training: train first, or set calibrate=none"):
+    with pytest.raises(InputError, match="learned in training: train first, or set model.sampler.calibrate=none"):
         model.predict(next(iter(trained[0]["datamodule"].val_dataloader())))
-
-
-@pytest.mark.parametrize("network", ["unet_patches_small", "transformer_small"])
-def test_the_order_of_the_genes_is_learnt_once_and_kept(network, tmp_path, screen_path):
-    """Correlated genes share a patch; who resumes or finetunes keeps the order that the weights were trained in."""
-    names = ad.read_h5ad(screen_path).var_names
-    vectors = pd.DataFrame(np.random.default_rng(0).normal(size=(len(names), 6)), index=names).rename(columns=str)
-    vectors.to_parquet(tmp_path / "vectors.parquet")
-    given = [
-        f"model/network={network}",
-        "model.network.genes.order=correlation",
-        f"model.network.genes.initial_vectors={tmp_path / 'vectors.parquet'}",
-    ]
-
-    def genes_of(run):
-        return next(module for module in run["model"].network.modules() if isinstance(module, GenePatches))
-
-    def run(folder, *more):
-        return train(compose(tmp_path / folder, screen_path, *given, *more, sizes=()))
-
-    first = genes_of(run("first"))
-    assert sorted(first.order.tolist()) == list(range(128)) != first.order.tolist()
-    checkpoint = f"ckpt_path={tmp_path / 'first' / 'checkpoints' / 'last.ckpt'}"
-    resumed = genes_of(run("resumed", checkpoint, "trainer.max_steps=4"))
-    finetuned = genes_of(run("finetuned", checkpoint, "+finetune=true", "trainer.max_steps=1"))
-    for later in (resumed, finetuned):
-        assert torch.equal(later.order, first.order)
-        # The vectors are not added a second time.
-        assert (later.embedding - first.embedding).abs().max() < 0.1
 
 
 def test_counts_in_the_file_are_refused(tmp_path, screen_path, screen):

@@ -1,89 +1,79 @@
-"""Calibration: generated cells keep who is close to whom, and get the means and zeros predicted for their condition.
+"""Calibration: map the generated values of each gene to the marginals predicted for their condition.
 
-A flow gives the joint distribution of a condition's genes well, the mean of a condition that it never saw less well
-than a linear mixed model does (`calibration.mixed_model`), and too many small values where measured cells have zeros.
-So the values
-of each gene are mapped, by one increasing function for all cells of the condition, onto the mean and, where that is
-asked for, the detection rate that the training cells predict (`calibration.marginals`). The values that are left above
-0 then
-reach further down than measured ones, into the gap that a flow fills: they are drawn together where they spread more
-than the training cells predict. Ranks of cells within a gene stay.
+A flow reproduces the joint distribution of a condition's genes well, but the mean of an unseen condition less well than
+a linear mixed model does (`calibration.mixed_model`), and it generates too many small values where measured cells have
+zeros. One increasing function per gene and condition maps the values to the mean and detection rate that the training
+cells predict (`calibration.marginals`). The values that remain above 0 reach further down than measured ones, so they
+are contracted where they spread more than predicted. The order of cells within a gene is preserved.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from primeflow_perturbench.calibration.marginals import Targets
 from primeflow_perturbench.expression.detection_limit import decode_expression
-from primeflow_perturbench.sampling.sampler import Block
 
-# Halvings of an interval of some log1p units: to 1e-6.
+Block = tuple[int, int, Tensor]
+
+# Bisection steps: from an interval of a few log1p units down to 1e-6.
 HALVINGS = 24
-# Values above 0 are drawn together to no less than so much of their spread, and where so many cells tell it.
-LEAST_SCALE, TELLING = 0.5, 5
+# Minimum factor by which values are contracted, and minimum number of values above 0 to estimate their spread from.
+LEAST_SCALE, ESTIMABLE = 0.5, 5
 
 
 @dataclass(frozen=True)
 class MarginalMap:
-    """Increasing map of each gene's values, before decoding, to expression.
+    """Increasing map from each gene's values, before decoding, to expression.
 
     Attributes
     ----------
     shift
-        What is added to the values that are not zero, shape (G,).
+        Added to the values that stay above 0, shape (G,).
     detection_limit
         As in `decode_expression`.
     threshold
-        Values up to here become 0, shape (G,); ``None`` leaves the zeros to the detection limit.
+        Values up to it become 0, shape (G,).
     scale
-        What the values that are not zero are multiplied with, shape (G,); ``None`` is 1. Needs a threshold.
+        Factor of the values that stay above 0, shape (G,).
     """
 
     shift: Tensor
-    detection_limit: float | None
-    threshold: Tensor | None = None
-    scale: Tensor | None = None
+    detection_limit: float
+    threshold: Tensor
+    scale: Tensor
 
     def __call__(self, values: Tensor) -> Tensor:
         """Expression (n, G) of values (n, G)."""
-        if self.threshold is None:
-            return decode_expression(values + self.shift, self.detection_limit)
-        limit = self.detection_limit or 0.0
-        seen = values.clamp(min=limit)
-        seen = ((seen if self.scale is None else self.scale * seen) + self.shift).clamp(min=limit)
-        return torch.where(values > self.threshold, seen, 0.0)
+        limit = self.detection_limit
+        mapped = (self.scale * values.clamp(min=limit) + self.shift).clamp(min=limit)
+        return torch.where(values > self.threshold, mapped, 0.0)
 
     @classmethod
-    def fit(
-        cls,
-        values: Tensor,
-        mean: Tensor,
-        detection_limit: float | None,
-        rate: Tensor | None = None,
-        spread: Tensor | None = None,
-    ) -> "MarginalMap":
-        """The largest shift with which no gene's mean is above its target, to 1e-6.
+    def fit(cls, values: Tensor, mean: Tensor, rate: Tensor, spread: Tensor, detection_limit: float) -> Self:
+        """The largest shift that leaves every gene's mean at or below its target, to 1e-6.
 
         Parameters
         ----------
         values
-            What the flow gave, before decoding, shape (n, G).
+            Generated values before decoding, shape (n, G).
         mean
-            Means that are wanted, shape (G,), none of them negative.
+            Target means, not negative, shape (G,).
+        rate
+            Target share of cells above 0, reached to the nearest cell, shape (G,).
+        spread
+            Upper bound of the standard deviation of the values above 0, shape (G,).
         detection_limit
             As in `decode_expression`.
-        rate
-            Share of cells that are to be above 0, to the nearest cell, shape (G,); ``None`` leaves it to the mean.
-        spread
-            Most that the standard deviation of values above 0 should be, shape (G,); ``None`` leaves it. Needs a rate.
         """
-        threshold = None if rate is None else _threshold(values, rate)
-        scale = None if spread is None else _scale(values, threshold, spread, detection_limit or 0.0)
-        reach = values.abs().amax(0) + mean + (detection_limit or 0.0)
+        threshold = _threshold(values, rate)
+        scale = _scale(values, threshold, spread, detection_limit)
+        reach = values.abs().amax(0) + mean + detection_limit
         low, high = -reach, reach
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -102,60 +92,52 @@ def _threshold(values: Tensor, rate: Tensor) -> Tensor:
 
 
 def _scale(values: Tensor, threshold: Tensor, spread: Tensor, limit: float) -> Tensor:
-    """What brings the standard deviation of the values (n, G) above a threshold (G,) down to ``spread`` (G,)."""
+    """Factor (G,) that reduces the standard deviation of the values (n, G) above a threshold (G,) to ``spread`` (G,)."""
     above, values = values > threshold, values.clamp(min=limit)
     n = above.sum(0)
     mean = (values * above).sum(0) / n.clamp(min=1)
     own = (((values - mean) ** 2 * above).sum(0) / n.clamp(min=1)).sqrt()
     scale = (spread / own.clamp(min=1e-6)).clamp(LEAST_SCALE, 1.0)
-    return torch.where(n >= TELLING, scale, 1.0)
+    return torch.where(n >= ESTIMABLE, scale, 1.0)
 
 
 def calibrated(
     blocks: Iterable[Block],
     counts: Sequence[int],
-    means: Tensor,
-    rates: Tensor | None,
+    targets: Callable[[int], Targets | None],
     detection_limit: float | None,
     reference: int,
-    apart: Sequence[bool] | None = None,
-    spreads: Tensor | None = None,
 ) -> Iterator[Block]:
-    """Decoded blocks of the first ``counts[row]`` cells of each row, with ``means[row]`` and ``rates[row]``.
+    """Calibrate and decode blocks of generated values.
 
-    The first ``reference`` cells of a row find its map, also where fewer are asked for: a cell does not depend on how
-    many there are. Where more are asked for, their mean keeps the error of a mean of so many cells.
+    The first ``reference`` cells of a row determine its map, even if fewer are requested, so that a cell does not
+    depend on the number of cells. If more are requested, the error of the mean is that of ``reference`` cells.
 
     Parameters
     ----------
     blocks
-        ``(row, first, values (n, G))`` before decoding, of ``reference`` cells of each row or more, rows in order.
+        ``(row, first, values (n, G))`` before decoding, at least ``reference`` cells of each row, rows in order.
     counts
-        Cells of each row that are asked for, length N.
-    means
-        Shape (N, G).
-    rates
-        Shares of cells above 0, shape (N, G), or ``None``.
+        Number of requested cells of each row, length N.
+    targets
+        Targets (1, G) of a row; ``None`` for a row that is decoded without calibration.
     detection_limit
         As in `decode_expression`.
     reference
-        Cells that find the map.
-    apart
-        Rows that are decoded alone, since nothing is known of their means, length N; ``None`` is none.
-    spreads
-        Standard deviations of values above 0, shape (N, G), or ``None``.
+        Number of cells that determine the map.
     """
     for row, of_row in groupby(blocks, key=itemgetter(0)):
-        held, decode = [], None
-        if apart is not None and apart[row]:
+        target = targets(row)
+        if target is None:
             yield from ((row, first, decode_expression(values, detection_limit)) for _, first, values in of_row)
             continue
+        mean, rate, spread = (part[0].cpu() for part in target)
+        held, decode = [], None
         for _, first, values in of_row:
             held.append((first, values))
             if decode is None and first + len(values) >= reference:
                 known = torch.cat([values for _, values in held])[:reference]
-                rate, spread = (None if asked is None else asked[row] for asked in (rates, spreads))
-                decode = MarginalMap.fit(known, means[row], detection_limit, rate, spread)
+                decode = MarginalMap.fit(known, mean, rate, spread, detection_limit or 0.0)
             if decode is not None:
                 for start, part in held:
                     wanted = part[: max(0, int(counts[row]) - start)]

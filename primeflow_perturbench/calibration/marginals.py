@@ -1,51 +1,38 @@
 """Mean, detection rate and spread of each gene in conditions, measured or not.
 
-What a linear mixed model says of the mean (`calibration.mixed_model`) it says of the share of cells that express a
-gene as well,
-the mean of an indicator, and of the mean square. Together they fix a gene's zeros, and the average and the spread of
-its other values.
+The mixed model predicts the mean of any value of a cell: of expression, of an indicator of detection and of squared
+expression. Together they determine a gene's share of zeros and the mean and spread of its other values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor
 
-from primeflow_perturbench.calibration.mixed_model import ConditionMeans, ConditionSurvey
-from primeflow_perturbench.conditions.condition import ConditionEncoder
+from primeflow_perturbench.calibration.mixed_model import MixedModel
+from primeflow_perturbench.conditions.condition import Condition, ConditionEncoder
+from primeflow_perturbench.expression.statistics import MarginalStatistics
 
-# The average of a gene's non-zero values is at most so many times what it is over all training conditions: of a rate
-# that is wrongly near 0, a few cells with enormous values would come.
+# Upper bound of the mean of a gene's non-zero values, as a multiple of that over all training conditions. A predicted
+# rate that is wrongly close to 0 would otherwise give a few cells enormous values.
 HIGHEST = 2.0
 
 
-class MarginalSurvey:
-    """Sums of expression, of its squares and of detected genes by condition vector, gathered batch by batch."""
+class Targets(NamedTuple):
+    """What calibration aims for in conditions (B)."""
 
-    def __init__(self):
-        self.expression, self.detection, self.squares = (ConditionSurvey() for _ in range(3))
-
-    def add(self, condition: Tensor, expression: Tensor) -> None:
-        """Take in condition vectors (B, C) and expression (B, G)."""
-        self.expression.add(condition, expression)
-        self.detection.add(condition, (expression > 0).float())
-        self.squares.add(condition, expression.float().square())
-
-    @classmethod
-    def of_all(cls, surveys: Sequence["MarginalSurvey"]) -> "MarginalSurvey":
-        """One survey of the cells of many."""
-        whole = cls()
-        whole.expression = ConditionSurvey.of_all([survey.expression for survey in surveys])
-        whole.detection = ConditionSurvey.of_all([survey.detection for survey in surveys])
-        whole.squares = ConditionSurvey.of_all([survey.squares for survey in surveys])
-        return whole
+    mean: Tensor
+    """Mean expression, shape (B, G)."""
+    rate: Tensor
+    """Share of cells with a value above 0, shape (B, G)."""
+    spread: Tensor
+    """Standard deviation of the values above 0, shape (B, G)."""
 
 
 @dataclass(frozen=True)
-class ConditionMarginals:
-    """Means, detection rates and mean squares of conditions.
+class Marginals:
+    """Mixed models of mean expression, detection rate and mean square.
 
     Attributes
     ----------
@@ -54,52 +41,37 @@ class ConditionMarginals:
     rates
         Share of cells with a value above 0.
     squares
-        Mean square of log1p expression, ``None`` in models that were saved without.
+        Mean square of log1p expression.
     """
 
-    means: ConditionMeans
-    rates: ConditionMeans
-    squares: ConditionMeans | None = None
+    means: MixedModel
+    rates: MixedModel
+    squares: MixedModel
 
     @classmethod
-    def fit(cls, encoder: ConditionEncoder, survey: MarginalSurvey) -> "ConditionMarginals":
-        """All three mixed models of what was surveyed."""
-        surveys = (survey.expression, survey.detection, survey.squares)
-        return cls(*(ConditionMeans.fit(encoder, of_values) for of_values in surveys))
+    def fit(cls, encoder: ConditionEncoder, statistics: MarginalStatistics) -> Self:
+        """Fit the three mixed models to the training cells."""
+        parts = (statistics.expression, statistics.detection, statistics.squares)
+        return cls(*(MixedModel.fit(encoder, part) for part in parts))
 
-    def __call__(self, condition: Tensor, detection_limit: float) -> tuple[Tensor, Tensor]:
-        """Means and rates (B, G) of condition vectors (B, C), such that values at or above the limit can have both.
-
-        Parameters
-        ----------
-        condition
-            Condition vectors, shape (B, C).
-        detection_limit
-            Least value that is not 0, in log1p units.
-        """
+    def targets(self, condition: Condition, detection_limit: float) -> Targets:
+        """Targets of conditions (B) that values at or above the detection limit (log1p units) can reach."""
         means = self.means(condition)
-        typical = self.means.centre / self.rates.centre.clamp(min=1e-12)
+        typical = self.means.center / self.rates.center.clamp(min=1e-12)
         highest = (HIGHEST * typical).clamp(min=detection_limit).clamp(min=1e-12).to(means.device)
         rates = self.rates(condition).clamp(max=1)
-        rates = torch.maximum(rates, means / highest).clamp(max=1)
-        return means, torch.minimum(rates, means / detection_limit) if detection_limit > 0 else rates
-
-    def spreads(self, condition: Tensor, means: Tensor, rates: Tensor) -> Tensor | None:
-        """Standard deviation (B, G) of values above 0 in conditions (B, C) of these means and rates (B, G).
-
-        ``None`` where mean squares are not known.
-        """
-        if self.squares is None:
-            return None
-        rates = rates.clamp(min=1e-12)
-        return (self.squares(condition) / rates - (means / rates) ** 2).clamp(min=0).sqrt()
+        rates = rates.maximum(means / highest).clamp(max=1)
+        if detection_limit > 0:
+            rates = rates.minimum(means / detection_limit)
+        positive = rates.clamp(min=1e-12)
+        variance = self.squares(condition) / positive - (means / positive) ** 2
+        return Targets(means, rates, variance.clamp(min=0).sqrt())
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that `from_state` takes."""
-        parts = {"means": self.means, "rates": self.rates, "squares": self.squares}
-        return {name: part.state() for name, part in parts.items() if part is not None}
+        return {"means": self.means.state(), "rates": self.rates.state(), "squares": self.squares.state()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "ConditionMarginals":
-        """What `state` was taken from."""
-        return cls(**{name: ConditionMeans.from_state(part) for name, part in state.items()})
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Rebuild marginals from `state`."""
+        return cls(**{name: MixedModel.from_state(part) for name, part in state.items()})

@@ -1,6 +1,7 @@
-"""Perturbations and covariates as condition vectors, and what "no condition" is."""
+"""Conditions: perturbations and covariates as tensors, and the encoder that builds them from a batch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -9,58 +10,125 @@ from torch import Tensor
 from primeflow_perturbench.networks.condition_embedding import External
 
 
-class CovariateSurvey:
-    """Sums of the features of covariates, gathered batch by batch."""
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A batch of B conditions.
 
-    def __init__(self):
-        self._cells, self._sum, self._squares = 0, 0.0, 0.0
+    The null condition ("no condition", for guidance) has zeros everywhere and ``is_null``. The flag is needed because
+    control cells have no perturbation and a data set may have no covariate: without it "control" and "no condition"
+    could be the same.
 
-    def add(self, covariates: Tensor) -> None:
-        """Take in features (B, F)."""
-        values = covariates.double().cpu()
-        self._cells += len(values)
-        self._sum, self._squares = self._sum + values.sum(0), self._squares + values.square().sum(0)
+    Attributes
+    ----------
+    perturbations
+        Multi-hot perturbations or PerturBench's summed embeddings, zero for control; shape (B, P), float32.
+        A perturbation that training lacks is zero here and only has its external embedding.
+    covariates
+        One-hot or continuous covariates side by side, shape (B, F), float32.
+    is_null
+        Whether a condition is the null condition, shape (B,), bool.
+    external
+        Summed external embeddings of the perturbations, shape (B, E), float32; E may be 0.
+    is_known
+        Whether training has every perturbation of a condition, shape (B,), bool.
+    """
+
+    perturbations: Tensor
+    covariates: Tensor
+    is_null: Tensor
+    external: Tensor
+    is_known: Tensor
+
+    def __len__(self) -> int:
+        return len(self.is_null)
+
+    def __getitem__(self, rows: Any) -> "Condition":
+        """Select conditions by a slice, an index array or a boolean mask."""
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows, device=self.is_null.device)
+            # An empty list becomes a float tensor, which is no index.
+            rows = rows if rows.numel() else rows.long()
+        return self._map(lambda part: part[rows])
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The same conditions on a device."""
+        return self._map(lambda part: part.to(device))
+
+    def expand(self, n: int) -> "Condition":
+        """One condition repeated ``n`` times, without copying."""
+        return self._map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def _map(self, function: Any) -> "Condition":
+        return Condition(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    @property
+    def is_control(self) -> Tensor:
+        """Whether a condition has no perturbation, shape (B,)."""
+        return (self.perturbations == 0).all(1) & (self.external == 0).all(1)
+
+    @property
+    def context(self) -> Tensor:
+        """Covariates and the null flag, shape (B, F + 1)."""
+        return torch.cat([self.covariates, self.is_null[:, None].to(self.covariates)], dim=1)
+
+    def vector(self) -> Tensor:
+        """Flat vectors ``[perturbations | external | covariates | is null]``, shape (B, P + E + F + 1), float32."""
+        return torch.cat([self.perturbations, self.external, self.context], dim=1)
 
     @classmethod
-    def of_all(cls, surveys: Sequence["CovariateSurvey"]) -> "CovariateSurvey":
-        """One survey of the cells of many."""
-        whole = cls()
-        for survey in surveys:
-            whole._cells += survey._cells
-            whole._sum, whole._squares = whole._sum + survey._sum, whole._squares + survey._squares
-        return whole
+    def from_vector(cls, vector: Tensor, n_perturbations: int) -> "Condition":
+        """Conditions without external embeddings from flat vectors (B, P + F + 1), the inverse of `vector`."""
+        return cls(
+            perturbations=vector[:, :n_perturbations],
+            covariates=vector[:, n_perturbations:-1],
+            is_null=vector[:, -1] != 0,
+            external=vector[:, :0],
+            is_known=torch.ones(len(vector), dtype=torch.bool, device=vector.device),
+        )
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (F,) in float32."""
-        mean = self._sum / self._cells
-        return mean.float(), (self._squares / self._cells - mean.square()).clamp(min=0).sqrt().float()
+    def row_keys(self) -> list[bytes]:
+        """Bytes that identify each condition: equal for equal numbers (-0.0 equals 0.0), on any device."""
+        return [row.tobytes() for row in (self.vector().to("cpu", torch.float32) + 0.0).numpy()]
+
+    def without_external(self) -> "Condition":
+        """The same conditions without external embeddings."""
+        return Condition(self.perturbations, self.covariates, self.is_null, self.external[:, :0], self.is_known)
+
+    def drop(self, dropped: Tensor) -> "Condition":
+        """Replace the conditions where ``dropped`` (B,) is true by the null condition (Ho and Salimans 2022, alg. 1)."""
+        kept = ~dropped[:, None]
+        return Condition(
+            torch.where(kept, self.perturbations, 0.0),
+            torch.where(kept, self.covariates, 0.0),
+            self.is_null | dropped,
+            torch.where(kept, self.external, 0.0),
+            self.is_known,
+        )
+
+    def drop_identity(self, dropped: Tensor) -> "Condition":
+        """Where ``dropped`` (B,) is true, keep only the external embedding of the perturbations."""
+        hidden = torch.where(dropped[:, None], 0.0, self.perturbations)
+        return Condition(hidden, self.covariates, self.is_null, self.external, self.is_known)
 
 
 class ConditionEncoder:
-    """Condition vector ``[perturbations | external | covariates | is null]``, covariates in the context's order.
-
-    The last feature is 1 for the null condition, whose other features are all zero. It is needed
-    because control cells have no perturbation and a data set may have no covariate: without it
-    "control" and "no condition" could be the same vector.
-
-    With external embeddings, a perturbation that training lacks is zero in the multi-hot part and has its row in the
-    external part.
+    """Builds a `Condition` from PerturBench's perturbations and covariates, in the context's order.
 
     Parameters
     ----------
     perturbation_width
-        Features of a perturbation: P for multi-hot, W for the host's embeddings.
+        Features of a perturbation: P for multi-hot, W for PerturBench's embeddings.
     covariate_uniques
         Categories by covariate name, ``None`` for a continuous covariate (one feature).
     external
-        Has the external embeddings (E features) of the P perturbations; ``None`` is none.
+        Encoder that holds external embeddings (E features) of the P perturbations; ``None`` for none.
 
     Attributes
     ----------
     perturbation_width
-        Features that are zero in control cells, P + E.
-    plain
-        Encoder of the same conditions without external embeddings.
+        Features of a perturbation.
+    covariate_widths
+        Features of each covariate by name; a continuous covariate has 1.
     """
 
     def __init__(
@@ -69,26 +137,23 @@ class ConditionEncoder:
         covariate_uniques: Mapping[str, Sequence[Any] | None],
         external: External | None = None,
     ):
-        self._own_width, self._external = perturbation_width, external
+        self.perturbation_width, self._external = perturbation_width, external
         self.external_width = 0 if external is None else external.external_width
-        self.perturbation_width = perturbation_width + self.external_width
         self.covariate_widths = {
             name: 1 if uniques is None else len(uniques) for name, uniques in covariate_uniques.items()
         }
-        self.width = self.perturbation_width + sum(self.covariate_widths.values()) + 1
-        self.plain = self if external is None else ConditionEncoder(perturbation_width, covariate_uniques)
 
     def __call__(
         self, perturbations: Tensor, covariates: Mapping[str, Tensor] | None, external: Tensor | None = None
-    ) -> Tensor:
-        """Condition vectors (B, width) in float32.
+    ) -> Condition:
+        """Encode a batch.
 
         Parameters
         ----------
         perturbations
-            Multi-hot or summed embeddings of the host, shape (B, P).
+            Multi-hot perturbations or PerturBench's summed embeddings, shape (B, P).
         covariates
-            One-hot (B, n) or continuous (B, 1) by name.
+            One-hot (B, n) or continuous (B, 1) covariates by name.
         external
             Summed external embeddings (B, E); ``None`` looks them up for the multi-hot perturbations.
 
@@ -102,41 +167,23 @@ class ConditionEncoder:
             if covariates is None or name not in covariates:
                 raise ValueError(f"the batch lacks the covariate {name!r} that the model was built with")
             parts.append(covariates[name])
-        widths = [part.shape[-1] for part in parts]
-        expected = [self._own_width, *self.covariate_widths.values()]
+        widths, expected = [part.shape[-1] for part in parts], [self.perturbation_width, *self.covariate_widths.values()]
         if widths != expected:
             names = ["perturbations", *self.covariate_widths]
-            raise ValueError(f"widths of {names} are {widths}, but the model was built with {expected}")
+            raise ValueError(f"the widths of {names} are {widths}, but the model was built with {expected}")
+        own, *rest = (part.to(torch.float32) for part in parts)
+        no = torch.zeros(len(own), dtype=torch.bool, device=own.device)
+        summed, known = own[:, :0], ~no
         if self._external is not None:
-            device = perturbations.device
-            parts.insert(1, self._external.summed(perturbations) if external is None else external.to(device))
-            parts[0] = perturbations * self._external.seen.to(device)
-        parts.append(perturbations.new_zeros(len(perturbations), 1))
-        return torch.cat([part.to(torch.float32) for part in parts], dim=-1)
+            summed = self._external.summed(own) if external is None else external.to(own)
+            own = own * self._external.seen.to(own.device)
+            known = (self._external.summed(own) == summed).all(1)
+        return Condition(own, torch.cat([own[:, :0], *rest], dim=1), no, summed, known)
 
     @property
-    def null(self) -> Tensor:
-        """The null condition, shape (width,)."""
-        null = torch.zeros(self.width)
-        null[-1] = 1.0
-        return null
-
-    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """Replace the rows where ``dropped`` (B,) is true by the null condition (Ho and Salimans 2022, algorithm 1)."""
-        return torch.where(dropped[:, None], self.null.to(condition), condition)
-
-    def drop_identity(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """Leave the rows where ``dropped`` (B,) is true nothing of their perturbations but the external embedding."""
-        identity = torch.arange(self.width, device=condition.device) < self._own_width
-        return torch.where(dropped[:, None] & identity, 0.0, condition)
-
-    def without_external(self, condition: Tensor) -> Tensor:
-        """Vectors of the encoder ``plain`` for condition vectors (B, width)."""
-        return torch.cat([condition[:, : self._own_width], condition[:, self.perturbation_width :]], dim=1)
-
-    def unseen(self, condition: Tensor) -> Tensor:
-        """Whether condition vectors (B, width) have a perturbation that is known by its row alone; shape (B,)."""
-        if self._external is None:
-            return torch.zeros(len(condition), dtype=torch.bool, device=condition.device)
-        external = condition[:, self._own_width : self.perturbation_width]
-        return (self._external.summed(condition[:, : self._own_width]) != external).any(1)
+    def null(self) -> Condition:
+        """The null condition, a batch of one."""
+        widths = self.perturbation_width, sum(self.covariate_widths.values()), self.external_width
+        perturbations, covariates, external = (torch.zeros(1, width) for width in widths)
+        yes = torch.ones(1, dtype=torch.bool)
+        return Condition(perturbations, covariates, yes, external, yes)

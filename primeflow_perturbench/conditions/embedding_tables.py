@@ -1,4 +1,4 @@
-"""Tables of embeddings of perturbations that are known beforehand: of proteins, of molecules, or any."""
+"""Tables of external perturbation embeddings, such as those of proteins or molecules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,19 +18,19 @@ Given = str | Path | pd.DataFrame
 
 
 def read_tables(given: Given | Sequence[Given]) -> list[pd.DataFrame]:
-    """Tables with a row a perturbation, each from a parquet file or as it is.
+    """Read tables with one row per perturbation from parquet files or data frames.
 
     Raises
     ------
     InputError
-        If a file is missing, or a table has no column, a column of no numbers, a name twice or a value missing.
+        If a file is missing, or a table has no column, a column without numbers, a repeated name or a missing value.
     """
     given = [given] if isinstance(given, str | Path | pd.DataFrame) else list(given)
-    return [checked(table, f"the perturbation embeddings number {i}") for i, table in enumerate(given, start=1)]
+    return [check_table(table, f"the perturbation embeddings number {i}") for i, table in enumerate(given, start=1)]
 
 
-def checked(given: Given, where: str) -> pd.DataFrame:
-    """A table of finite float32 with names as text; ``where`` is what errors call it if it is no file."""
+def check_table(given: Given, where: str) -> pd.DataFrame:
+    """A table of finite float32 with names as text; errors call it ``where`` if it is not a file."""
     if isinstance(given, str | Path):
         where = f"the perturbation embeddings {given}"
         if not Path(given).is_file():
@@ -44,7 +44,7 @@ def checked(given: Given, where: str) -> pd.DataFrame:
     words = [str(name) for name in given.columns if not pd.api.types.is_numeric_dtype(given[name])]
     if words or given.shape[1] == 0:
         found = f"the column {words[0]!r}, which holds no numbers" if words else "no column"
-        raise InputError(f"{where} have {found}, expected a numeric column a feature; make the names the index")
+        raise InputError(f"{where} have {found}, expected one numeric column per feature; make the names the index")
     names = given.index.astype(str)
     if names.has_duplicates:
         raise InputError(f"{where} name {quoted(names[names.duplicated()].unique())} more than once; keep one row each")
@@ -56,30 +56,30 @@ def checked(given: Given, where: str) -> pd.DataFrame:
 
 
 def rows_of(names: Sequence[str], tables: Sequence[pd.DataFrame]) -> Tensor:
-    """Rows (N, W_1 + ... + W_K) of perturbations, the tables side by side, NaN where a table lacks the name."""
+    """Rows (N, W_1 + ... + W_K) of perturbations, tables side by side, NaN where a table lacks the name."""
     return torch.from_numpy(np.concatenate([table.reindex(names).to_numpy(np.float32) for table in tables], axis=1))
 
 
 def with_tables(
     conditions: Callable[..., nn.Module], perturbations: Sequence[Any]
 ) -> tuple[Callable[..., nn.Module], Tensor | None]:
-    """Read the tables that an encoder of conditions names, and give it their widths in their place.
+    """Read the tables of a condition encoder and replace their paths by their widths.
 
     Parameters
     ----------
     conditions
-        Builds the encoder; a partial whose setting ``embeddings`` names tables, or anything else.
+        Builds the encoder; a `partial` with the setting ``embeddings``, or any other callable.
     perturbations
         Names of the vocabulary, P.
 
     Returns
     -------
-    What builds the encoder without any file, and the rows for `External.set_rows`, ``None`` without tables.
+    A callable that builds the encoder without files, and the rows for `External.set_rows`; ``None`` without tables.
 
     Raises
     ------
     InputError
-        If a table is bad, or a perturbation has no row in any.
+        If a table is invalid, or no table has a row for a perturbation.
     """
     settings = dict(conditions.keywords) if isinstance(conditions, partial) else {}
     given = settings.pop("embeddings", None)
@@ -97,9 +97,9 @@ def with_tables(
 
 
 def seen_in_training(datamodule: Any, perturbations: Sequence[Any]) -> Tensor:
-    """Whether training has cells of each perturbation of the vocabulary (P,), 1 or 0; 1 where the data do not say.
+    """Whether training has cells of each perturbation of the vocabulary (P,), 1 or 0; 1 if the data module has no context.
 
-    A vocabulary may hold perturbations of the validation and test cells as well.
+    A vocabulary may also contain perturbations of the validation and test cells.
     """
     context = getattr(getattr(datamodule, "train_iterator", None), "get_context", dict)()
     names = {str(name) for name in context.get("perturbation_uniques", perturbations)}
@@ -112,16 +112,16 @@ class ExternalRows:
     Parameters
     ----------
     conditions
-        Encoder of a model, with the rows of its vocabulary.
+        Condition encoder of a model, with the rows of its vocabulary.
     context
-        Training context, which names the vocabulary.
+        Training context, which holds the vocabulary.
     given
-        Tables with rows of more perturbations, as many and as wide as those of the training; ``None`` is none.
+        Tables with rows of further perturbations, with the number and widths of the tables of training.
 
     Raises
     ------
     InputError
-        If the tables are not those of the training, as their number, widths or rows of the vocabulary tell.
+        If the tables differ from those of training in number, widths or values of the vocabulary.
     """
 
     def __init__(self, conditions: External, context: Mapping[str, Any], given: Given | Sequence[Given] | None = None):
@@ -129,9 +129,9 @@ class ExternalRows:
         self._place = {str(name): place for place, name in enumerate(context["perturbation_uniques"])}
         self._tables = [] if given is None else read_tables(given)
         if given is not None:
-            self._refuse_others()
+            self._check_same_tables()
 
-    def _refuse_others(self) -> None:
+    def _check_same_tables(self) -> None:
         widths = [table.shape[1] for table in self._tables]
         if widths != self._conditions.table_widths:
             raise InputError(
@@ -140,7 +140,7 @@ class ExternalRows:
             )
         names = [name for name in self._place if any(name in table.index for table in self._tables)]
         known = self._conditions.table.cpu()[[self._place[name] for name in names]]
-        here = self._conditions.standardised(rows_of(names, self._tables)).cpu()
+        here = self._conditions.standardized(rows_of(names, self._tables)).cpu()
         other = ~torch.isclose(here, known, rtol=1e-3, atol=1e-3).all(1)
         if other.any():
             differ = [name for name, differs in zip(names, other.tolist(), strict=True) if differs]
@@ -150,14 +150,14 @@ class ExternalRows:
             )
 
     def encode(self, parts: Sequence[Parts], key: str, where: str) -> tuple[Tensor, Tensor]:
-        """Multi-hot (N, P) and summed external embeddings (N, E) of labels' parts (N), each part once.
+        """Multi-hot perturbations (N, P) and summed external embeddings (N, E) of the parts of N labels.
 
         Parameters
         ----------
         parts
-            Names of perturbations, none for control.
+            Distinct perturbation names of each label; empty for control.
         key, where
-            Column and table that errors name.
+            Column and table, for error messages.
 
         Raises
         ------
@@ -175,7 +175,7 @@ class ExternalRows:
             )
         table = self._conditions.table.cpu()
         if new:
-            table = torch.cat([table, self._conditions.standardised(rows_of(new, self._tables)).cpu()])
+            table = torch.cat([table, self._conditions.standardized(rows_of(new, self._tables)).cpu()])
         columns = {**self._place, **{name: len(self._place) + i for i, name in enumerate(new)}}
         pairs = [(row, columns[name]) for row, names in enumerate(parts) for name in names]
         row, column = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T

@@ -1,4 +1,4 @@
-"""Genes that some cells' files lack: which they are, what stands in for them, and which settings need every gene."""
+"""Genes that some files of an atlas lack: what replaces their values, and which settings need every gene."""
 
 from torch import Tensor
 
@@ -6,17 +6,17 @@ from primeflow_perturbench.errors import InputError
 
 
 def fill_unmeasured(expression: Tensor, gene_means: Tensor) -> tuple[Tensor, Tensor]:
-    """Expression without gaps, and where it was measured.
+    """Replace NaN by the mean of the gene.
 
-    A network reads all genes of a cell at once, so that something has to stand where nothing was measured; a gene's
-    mean over the cells that have it says least.
+    A network reads all genes of a cell at once, so a missing value needs a substitute; the mean over the cells that
+    measured the gene is the least informative one.
 
     Parameters
     ----------
     expression
         Expression with NaN where a gene was not measured, shape (B, G).
     gene_means
-        What to put there, in the same units, shape (G,).
+        Substitutes in the same units, shape (G,).
 
     Returns
     -------
@@ -26,20 +26,20 @@ def fill_unmeasured(expression: Tensor, gene_means: Tensor) -> tuple[Tensor, Ten
     return expression.where(measured, gene_means.to(expression)), measured
 
 
-# Settings that compare no whole cells, which lack genes of each other; the keys are those of the model's configuration.
+# Values of settings that work with missing genes: they never compare whole cells. Keys are those of the configuration.
 WITHOUT_EVERY_GENE = {
-    "model.source": "gaussian",
-    "model.coupling": "independent",
-    "model.calibrate": "none",
+    "model.objective.source": "gaussian",
+    "model.objective.coupling": "independent",
+    "model.sampler.calibrate": "none",
     "model/space": "genes",
 }
 
 
-def refuse_unmeasured(source: str, coupling: str, calibrate: str, space: str) -> None:
+def check_unmeasured(source: str, coupling: str, calibrate: str, space: str) -> None:
     """Raise `InputError` if a setting of the model needs every gene of every cell."""
     for (key, needed), value in zip(WITHOUT_EVERY_GENE.items(), (source, coupling, calibrate, space), strict=True):
         if value != needed:
             raise InputError(
                 f"{key}={value} needs every gene of every cell, but some files of the atlas lack genes: set "
-                f"{key}={needed}, or keep only what all files have by genes: intersection in the manifest"
+                f"{key}={needed}, or keep only the genes of all files with genes: intersection in the manifest"
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.expression.space import GeneSpace, PCASpace
+from primeflow_perturbench.expression.space import PCASpace
 from primeflow_perturbench.finetuning.places import kept_places, lay_out_like
 from primeflow_perturbench.finetuning.vocabulary_match import (
     NULL,
@@ -140,7 +140,6 @@ def merged_state(
         MLP: lambda *parts: of_mlp(*parts, axis),
         ResidualMLP: lambda *parts: of_residual_mlp(*parts, axis),
         GaussianPreconditioning: lambda _, new, __: ((name, new[name]) for name in ("mean", "std")),
-        GeneSpace: lambda *parts: of_gene_space(*parts, genes),
         TimeConditionEmbedding: lambda *parts: of_first_layer(*parts, model, context, old_context),
         MultiHot: lambda *parts: of_perturbations(*parts, context, old_context),
     }
@@ -219,18 +218,12 @@ def of_residual_mlp(network: ResidualMLP, new: State, old: State, axis: Match) -
             yield name, matched(name, new[name], old[name], axis, dim)
 
 
-def of_gene_space(space: GeneSpace, new: State, old: State, genes: Match) -> Iterator[tuple[str, Tensor]]:
-    """Scales of genes; a new one has the median of all."""
-    if space.scale is not None and "scale" in old:
-        yield "scale", matched("scale", old["scale"].median().expand_as(new["scale"]), old["scale"], genes)
-
-
 def of_perturbations(
     conditions: MultiHot, new: State, old: State, context: Mapping[str, Any], old_context: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
     """Learnt embeddings of perturbations, and rows of known ones in the units of the checkpoint."""
     match = Match.of(perturbations_of(context), perturbations_of(old_context))
-    for name in {"learnt", "gate"} & set(new):
+    for name in {"learned", "gate"} & set(new):
         yield name, matched(name, old[name].mean(0).expand_as(new[name]), old[name], match)
     if isinstance(conditions, External):
         refuse_other_shape("conditions.mean", old["mean"].shape, new["mean"].shape)

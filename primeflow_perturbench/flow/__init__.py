@@ -1,1 +1,1 @@
-"""The mathematics of flow matching: paths, losses, guidance and sampling of plain tensors."""
+"""Flow matching on plain tensors: path, objective, loss, coupling, guidance and solver."""

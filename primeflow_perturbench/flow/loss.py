@@ -1,4 +1,4 @@
-"""Losses that regress a network onto a path's velocity."""
+"""Loss that regresses a network onto the velocity of a path."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,11 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def flow_matching_loss(
-    network: Network,
-    sample: PathSample,
-    condition: Tensor,
-    measured: Tensor | None = None,
-    weight: Tensor | None = None,
+    network: Network, sample: PathSample, condition: Tensor, measured: Tensor | None = None
 ) -> Tensor:
-    """Conditional flow-matching loss ``mean |v(x_t, t, c) - dx_t|^2`` over the measured genes of the cells.
+    """Conditional flow-matching loss ``mean |v(x_t, t, c) - dx_t|^2`` over the measured genes of all cells.
 
-    Lipman et al. 2023, eq. 23. A scalar, in float32 whatever the network's precision.
+    Lipman et al. 2023, eq. 23. A scalar in float32, whatever the network's precision.
 
     Parameters
     ----------
@@ -30,16 +26,11 @@ def flow_matching_loss(
     condition
         Condition vectors, shape (B, C).
     measured
-        Booleans (B, G), false where a cell's gene was not measured: there neither target nor velocity count, and the
-        velocity's gradient is 0. ``None`` is all; with none at all the loss is 0.
-    weight
-        What each squared error counts, shape (B, G); ``None`` is 1.
+        Booleans (B, G), false where a gene was not measured in a cell: such entries contribute neither to the loss
+        nor to its gradient. ``None`` means that everything was measured; the loss is 0 if nothing was.
     """
     velocity = network(sample.x_t, sample.t, condition)
-    if measured is None and weight is None:
+    if measured is None:
         return torch.nn.functional.mse_loss(velocity.float(), sample.dx_t.float())
-    error = velocity.float() - sample.dx_t.float()
-    if measured is not None:
-        error = torch.where(measured, error, 0.0)
-    squares = error.square() if weight is None else weight * error.square()
-    return squares.mean() if measured is None else squares.sum() / measured.sum().clamp(min=1)
+    error = torch.where(measured, velocity.float() - sample.dx_t.float(), 0.0)
+    return error.square().sum() / measured.sum().clamp(min=1)

@@ -73,12 +73,3 @@ def uniform_time(x_1: Tensor, generator: torch.Generator | None = None) -> Tenso
     """Times ``t ~ U[0, 1)``, one for each row of ``x_1``; shape (B,)."""
     device = generator.device if generator is not None else x_1.device
     return torch.rand(x_1.shape[0], generator=generator, device=device, dtype=x_1.dtype).to(x_1.device)
-
-
-def logit_normal_time(x_1: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Times ``t = 1 / (1 + exp(-z))``, ``z ~ N(0, 1)``, one for each row of ``x_1``: few near both ends; shape (B,).
-
-    Esser et al. 2024 (Scaling Rectified Flow Transformers), section 3.1, with location 0 and scale 1.
-    """
-    device = generator.device if generator is not None else x_1.device
-    return torch.randn(x_1.shape[0], generator=generator, device=device, dtype=x_1.dtype).sigmoid().to(x_1.device)

@@ -265,9 +265,6 @@ class GenePatches(GeneLayout):
         Functions of a gene's own value that its velocity is read from.
     direct
         Whether each gene reads the embedding of time and condition, whose width `read_embedding` tells.
-    order
-        Which genes are consecutive: ``file``, as they come, or ``correlation`` or ``chromosome``, which
-        `expression.gene_metadata` finds before training and hands to `set_order`. Checkpoints hold it.
     initial_vectors
         File of vectors that tell what genes have in common, which `expression.gene_metadata` reads before training
         and hands to `set_gene_vectors`.
@@ -275,10 +272,9 @@ class GenePatches(GeneLayout):
     Raises
     ------
     ValueError
-        If ``patch`` is not positive, ``functions`` is negative or ``order`` not one of the three.
+        If ``patch`` is not positive, or ``functions`` is negative.
     """
 
-    ORDERS = ("file", "correlation", "chromosome")
     # Weights of places, their last axis; and of the places in a patch, by patch.
     OF_PLACES = ("bias", "direct_read_out")
     OF_SLOTS = ("read_in", "read_out", "own.scale", "own.shift", "own.bias", "own.read_out")
@@ -288,7 +284,6 @@ class GenePatches(GeneLayout):
         n_genes: int,
         channels: int,
         patch: int = 8,
-        order: str = "file",
         initial_vectors: str | None = None,
         functions: int = 0,
         direct: bool = False,
@@ -296,14 +291,10 @@ class GenePatches(GeneLayout):
         super().__init__(n_genes)
         if patch < 1:
             raise ValueError(f"gene patches need a patch of at least one gene, got {patch}")
-        if order not in self.ORDERS:
-            raise ValueError(f"gene patches need an order that is one of {', '.join(self.ORDERS)}, got {order!r}")
         self.patch, self.channels = patch, channels
         self.own = OwnValues(channels, functions) if functions else None
         self.direct, self.embedding_width = direct, 0
-        self.order_by, self.initial_vectors = order, initial_vectors
-        if order != "file":
-            self.order = torch.arange(n_genes)
+        self.initial_vectors = initial_vectors
         self.draw()
         self.norm = read_out_norm(self.length, channels)
 
@@ -329,25 +320,11 @@ class GenePatches(GeneLayout):
             self.embedding_width = width
             new_parameter(self, "direct_read_out", torch.zeros(width, self.places))
 
-    def set_order(self, order: Tensor) -> None:
-        """Take the gene at each place (G,), before training: the weights belong to places.
-
-        Raises
-        ------
-        ValueError
-            If the patches were built for file order, or ``order`` is no permutation of the genes.
-        """
-        if self.order is None:
-            raise ValueError("gene patches in file order hold no other; build them with order='correlation'")
-        if not torch.equal(order.cpu().sort().values, torch.arange(self.n_genes)):
-            raise ValueError(f"an order of genes needs each of 0 to {self.n_genes - 1} once")
-        self.order.copy_(order)
-
     @torch.no_grad()
     def set_gene_vectors(self, vectors: Tensor) -> None:
         """Add projected vectors (G, W), averaged over the genes of a patch that have one, to the patches' embeddings.
 
-        Once and before training, but after `set_order`.
+        Once and before training.
         """
         check_vectors(vectors, self.n_genes)
         vectors = vectors.cpu() if self.order is None else vectors.cpu()[self.order.cpu()]

@@ -8,24 +8,10 @@ the straight path from standard noise would be known: with ``u = x_t - t m`` and
 The network gets ``u / sqrt(k)`` and gives the rest in units of that standard deviation, so that input and target have
 unit scale at every time and for every gene, however rare. Preconditioning of diffusion networks after Karras et al.
 2022 (EDM, section 5), for straight paths and with the statistics of each gene.
-
-What is left of the velocity has variance ``s^2 / k``, so that a plain squared error heeds the end of the path and the
-genes that vary most. `WEIGHTS` of the squared error change that.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-# By name, the weight of a squared error from a gene's variance s^2 (G,) and from k (B, G).
-WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
-    "none": None,
-    # Errors of a gene count alike at all times, and its variance between genes.
-    "times": lambda variance, k: k,
-    # Errors count alike at all times and in all genes, as in EDM.
-    "times_and_genes": lambda variance, k: k / variance,
-}
 
 
 class GaussianPreconditioning(nn.Module):
@@ -55,11 +41,6 @@ class GaussianPreconditioning(nn.Module):
     def k(self, t: Tensor) -> Tensor:
         """Variance (B, G) of the points at times (B,)."""
         return (t[:, None] * self.std) ** 2 + (1 - t[:, None]) ** 2
-
-    def loss_weight(self, t: Tensor, name: str) -> Tensor | None:
-        """Weight (B, G) of the squared error at times (B,), one of `WEIGHTS`; ``None`` is 1."""
-        weight = WEIGHTS[name]
-        return None if weight is None else weight(self.std**2, self.k(t))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity (B, G) at points (B, G), times (B,) and conditions (B, C)."""

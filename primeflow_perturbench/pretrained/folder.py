@@ -57,19 +57,10 @@ NO_SETTINGS = (
     "perturbation_embedding_width",
     "gene_names",
     "lr_scheduler",
-    "finetuning",
+    "optimizer",
 )
 # Settings of sampling, which may have been changed since the model was built.
-SAMPLING = (
-    "solver",
-    "guidance",
-    "guidance_interval",
-    "detection_limit",
-    "calibrate",
-    "calibration_cells",
-    "cells_per_condition",
-    "seed",
-)
+SAMPLING = ("sampler", "seed")
 
 
 @dataclass(frozen=True)
@@ -327,11 +318,11 @@ def build(cls: type["PRiMeFlow"], shared: SharedModel, **changes: Any) -> "PRiMe
     except (ValueError, TypeError) as error:
         raise InputError(str(error) if changes else f"{where}, model: {error}") from error
     learnt, tensors, encoder = shared.learnt, shared.tensors, model.encoder
-    check_learnt(learnt, encoder.plain, f"{where}, learnt")
+    check_learnt(learnt, encoder, f"{where}, learnt")
     lay_out_as(model, tensors)
     expected = {f"model.{name}": (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     found = {name.removeprefix("learnt."): shape for name, shape in tensors.shapes.items()}
-    of_learnt = learnt_tensors(learnt, encoder.plain, model.n_genes, model.space.width, found)
+    of_learnt = learnt_tensors(learnt, encoder, model.n_genes, model.space.width, found)
     expected |= {f"learnt.{name}": kind for name, kind in of_learnt}
     genes, perturbations = len(model.gene_names), model.n_perts
     tensors.check(expected, f"the settings, {genes} genes and {perturbations} perturbations of config.json")

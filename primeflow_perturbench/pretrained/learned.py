@@ -13,8 +13,7 @@ from primeflow_perturbench.pretrained.settings import fits
 from primeflow_perturbench.pretrained.tensors import Shape
 
 PARTS = ("detection_limit", "controls", "marginals")
-# Models that were saved before there were squares have none.
-MARGINALS, MORE_MARGINALS = {"means", "rates"}, {"squares"}
+MARGINALS = {"means", "rates", "squares"}
 
 
 def check_learnt(learnt: Any, encoder: ConditionEncoder, where: str) -> None:
@@ -39,7 +38,7 @@ def check_learnt(learnt: Any, encoder: ConditionEncoder, where: str) -> None:
     if "marginals" not in learnt:
         return
     marginals = learnt["marginals"]
-    if not isinstance(marginals, dict) or not MARGINALS <= set(marginals) <= MARGINALS | MORE_MARGINALS:
+    if not isinstance(marginals, dict) or set(marginals) != MARGINALS:
         raise InputError(f"{where}.marginals must be an object of means, rates and squares; save the model again")
     for name, part in marginals.items():
         if not isinstance(part, dict) or set(part) != {"layout"} or not _is_layout(part["layout"], encoder):
@@ -88,15 +87,15 @@ def learnt_tensors(
     for part in learnt.get("marginals", {}):
         prefix = f"marginals.{part}."
         n, components = rows(f"{prefix}conditions"), rows(f"{prefix}components")
-        yield f"{prefix}conditions", ((n, encoder.width), torch.float32)
+        yield f"{prefix}conditions", ((n, encoder.perturbation_width + sum(encoder.covariate_widths.values()) + 1), torch.float32)
         yield f"{prefix}components", ((components, n_genes), torch.float32)
         yield f"{prefix}variances", ((components + 1, _effects(encoder)), torch.float64)
         yield f"{prefix}scores", ((n, components), torch.float32)
         yield f"{prefix}coefficients", ((n, n_genes), torch.float32)
-        yield f"{prefix}centre", ((n_genes,), torch.float32)
+        yield f"{prefix}center", ((n_genes,), torch.float32)
     if "controls" in learnt:
         contexts = rows("controls.contexts")
-        yield "controls.contexts", ((contexts, encoder.width - encoder.perturbation_width), torch.float32)
+        yield "controls.contexts", ((contexts, sum(encoder.covariate_widths.values()) + 1), torch.float32)
         yield "controls.ends", ((contexts,), torch.int64)
         yield "controls.cells", ((rows("controls.cells"), space_width), torch.float32)
 

@@ -12,21 +12,24 @@ from omegaconf import OmegaConf
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace
+from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.solver import ODESolver
-from primeflow_perturbench.networks.condition_embedding import External, Learned, Mixture, MultiHot
+from primeflow_perturbench.networks.condition_embedding import External, Mixture, MultiHot
 from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
-from primeflow_perturbench.networks.transformer import PatchTransformer
 from primeflow_perturbench.networks.unet import UNet
+from primeflow_perturbench.sampling.settings import SamplingSettings
 
 # What each setting that takes a class, or an object of one, may be.
 CLASSES = {
-    "network": (MLP, ResidualMLP, UNet, PatchTransformer),
+    "network": (MLP, ResidualMLP, UNet),
     "genes": (GeneTokens, GenePatches),
-    "conditions": (MultiHot, Learned, External, Mixture),
+    "conditions": (MultiHot, External, Mixture),
     "space": (GeneSpace, PCASpace),
     "solver": (ODESolver,),
+    "objective": (Objective,),
+    "sampler": (SamplingSettings,),
 }
 TARGET = "_target_"
 # Files that training read, on the machine of the training.

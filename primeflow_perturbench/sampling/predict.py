@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from primeflow_perturbench.conditions.embedding_tables import read_tables
 from primeflow_perturbench.conditions.table import Conditions, encode_conditions, read_table
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, challenge_settings
-from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow, as_plain
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint, run_settings
 from primeflow_perturbench.pretrained.folder import build, read_shared
+from primeflow_perturbench.sampling.generate import detection_limit
 from primeflow_perturbench.sampling.sampler import Block
+from primeflow_perturbench.sampling.settings import SamplingSettings
 from primeflow_perturbench.sampling.writer import (
     INDEX_FILE,
     cells_obs,
@@ -48,18 +49,6 @@ PRECISIONS = {
     "16": torch.float16,
     "16-mixed": torch.float16,
 }
-# Settings of `model` that say how to sample, not what was trained.
-SAMPLING = (
-    "guidance",
-    "guidance_interval",
-    "solver",
-    "sample_batch_size",
-    "detection_limit",
-    "calibrate",
-    "calibration_cells",
-    "compile",
-)
-
 
 def predict_run(cfg: DictConfig, console: Console) -> Path:
     """Generate the conditions of a table with the model of a checkpoint.
@@ -183,24 +172,18 @@ def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[st
 
 def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any]) -> PRiMeFlow:
     """The checkpoint's model in evaluation mode, with the settings of sampling that ``cfg`` changes."""
-    given = {name: value for name, value in OmegaConf.to_container(cfg.model).items() if value is not None}
-    unknown = [name for name in given if name not in SAMPLING]
-    if unknown:
-        settings = ", ".join(f"model.{name}" for name in SAMPLING)
-        raise InputError(f"a prediction cannot change model.{unknown[0]}; it can change {settings}")
-    changes = {name: value for name, value in given.pop("solver", {}).items() if value is not None}
-    if changes:
-        try:
-            given["solver"] = replace(hyper_parameters.get("solver") or ODESolver(), **changes)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"model.solver: {error}") from error
+    settings = OmegaConf.to_container(cfg.model)
+    if unknown := [name for name in settings if name != "sampler"]:
+        raise InputError(f"a prediction cannot change model.{unknown[0]}; it can change the settings of model.sampler")
+    sampler = hyper_parameters.get("sampler") or SamplingSettings()
+    given: dict[str, Any] = {"sampler": sampler.change(settings["sampler"])}
     if cfg.seed is not None:
         given["seed"] = cfg.seed
     if path.is_dir():
         return build(PRiMeFlow, read_shared(path), **given)
     model = PRiMeFlow.load_from_checkpoint(path, evaluation=None, map_location="cpu", weights_only=False, **given)
     if model.gene_names is None:
-        raise InputError(f"{path} does not name its genes; train with a host that hands over gene_names")
+        raise InputError(f"{path} does not name its genes; train with a version of PerturBench that passes gene_names")
     return model.eval()
 
 
@@ -246,7 +229,7 @@ def generate_to_disk(
         blocks = with_progress(handed_in.stream(model, condition, counts), counts, console)
         write_file(output, blocks, cells_obs(obs, counts, range(len(obs))), genes, json.dumps(made))
         return [output]
-    records = [json.dumps({**made, "condition": digest([vector])}) for vector in condition]
+    records = [json.dumps({**made, "condition": hashlib.sha256(key).hexdigest()}) for key in condition.row_keys()]
     rows = not_written(output, obs, counts, records)
     if len(rows) < len(obs):
         kept = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
@@ -257,17 +240,17 @@ def generate_to_disk(
 
 
 def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
-    """What decides the values of a condition's cells: the weights and the settings of sampling."""
-    learnt = model.detection_limit == "learnt"
+    """Everything that determines the values of a condition's cells: the weights and the settings of sampling."""
+    settings = model.sampler
+    calibrated = settings.calibrate != "none"
     return {
         "weights": digest(model.state_dict().values()),
         "seed": model.seed,
-        "guidance": float(model.guidance),
-        "solver": asdict(model.solver),
-        "guidance_interval": list(model.guidance_interval),
-        "detection_limit": model.learnt_detection_limit if learnt else model.detection_limit,
-        "calibrate": model.calibrate,
-        "calibration_cells": model.calibration_cells if model.calibrate != "none" else None,
+        "guidance": float(settings.guidance),
+        "solver": asdict(settings.solver),
+        "detection_limit": detection_limit(model),
+        "calibrate": settings.calibrate,
+        "calibration_cells": settings.calibration_cells if calibrated else None,
         "precision": precision,
     }
 

@@ -17,7 +17,7 @@ GROUPS = ("genes", "conditions", "trunk")
 SETTINGS = ("freeze", "lr_factor")
 
 
-def checked_finetuning(settings: Mapping[str, Any] | None) -> dict[str, float] | None:
+def check_finetuning(settings: Mapping[str, Any] | None) -> dict[str, float] | None:
     """The learning rate of each group as a share of the model's, 0 for a frozen one; ``None`` for no groups.
 
     Parameters

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from primeflow_perturbench.files import file_hash
+from primeflow_perturbench.flow.solver import ODESolver
 
 # Increase it whenever the same cells would get other scores.
 METRICS_VERSION = 1
@@ -118,18 +119,15 @@ def metrics_record(pipelines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def network_evaluations(model: Mapping[str, Any]) -> int | None:
-    """Network evaluations a generated cell of a model's settings, ``None`` without a solver of fixed steps.
+    """Network evaluations per generated cell, ``None`` without a fixed-step solver.
 
-    A step costs as many as the solver's order, and twice that where it is guided; guidance 0 and 1 cost nothing.
+    Guidance doubles them, except for strengths 0 and 1.
     """
-    from primeflow_perturbench.flow.solver import ODESolver
-
-    settings = {key: value for key, value in (model.get("solver") or {}).items() if key != "_target_"}
+    sampler = model.get("sampler") or {}
+    settings = {key: value for key, value in (sampler.get("solver") or {}).items() if key != "_target_"}
     if not settings:
         return None
-    solver = ODESolver(**settings)
-    if solver.evaluations is None:
+    evaluations = ODESolver(**settings).evaluations
+    if evaluations is None:
         return None
-    start, end = model.get("guidance_interval") or (0, 1)
-    guided = 0 if model.get("guidance", 1) in (0, 1) else round(end * solver.steps) - round(start * solver.steps)
-    return solver.evaluations // solver.steps * (solver.steps + guided)
+    return evaluations if sampler.get("guidance", 1) in (0, 1) else 2 * evaluations

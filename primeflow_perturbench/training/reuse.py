@@ -43,14 +43,6 @@ AFTER_TRAINING = (
     "data.evaluation",
     "data.prediction",
     "model.sampler",
-    "model.guidance",
-    "model.guidance_interval",
-    "model.solver",
-    "model.detection_limit",
-    "model.calibrate",
-    "model.calibration_cells",
-    "model.cells_per_condition",
-    "model.sample_batch_size",
 )
 
 
@@ -94,10 +86,9 @@ def with_shared_training(cfg: DictConfig, run: Callable[[DictConfig], object]) -
     """
     folder = Path(cfg.paths.trainings_dir) / training_digest(cfg)
     training = _changed(cfg, {"test": False, "paths.output_dir": str(folder), "paths.trainings_dir": None})
-    for key in ("model.calibrate", "model.sampler.calibrate"):
-        if OmegaConf.select(cfg, key) is not None:
-            # Calibration needs statistics that only training collects.
-            training = _changed(training, {key: "marginals"})
+    if OmegaConf.select(cfg, "model.sampler.calibrate") is not None:
+        # Calibration needs statistics that only training collects.
+        training = _changed(training, {"model.sampler.calibrate": "marginals"})
     folder.mkdir(parents=True, exist_ok=True)
     # Further processes of one run are started by the process that holds the lock.
     with FileLock(folder / ".lock") if os.environ.get("LOCAL_RANK", "0") == "0" else nullcontext():

@@ -22,9 +22,9 @@ TINY = [
     "model.network.width=32",
     "model.network.depth=1",
     "model.network.embedding_width=16",
-    "model.solver.method=midpoint",
-    "model.solver.steps=2",
-    "model.cells_per_condition=40",
+    "model.sampler.solver.method=midpoint",
+    "model.sampler.solver.steps=2",
+    "model.sampler.cells_per_condition=40",
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
     "~callbacks.progress_bar",
@@ -144,7 +144,7 @@ def test_test_again_from_a_checkpoint_without_the_detection_limit(run, tmp_path,
         f"hydra.run.dir={tmp_path}",
         "train=false",
         f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
-        "model.detection_limit=none",
+        "model.sampler.detection_limit=none",
         "references=[]",
     )
     limited = _dense(ad.read_h5ad(run / "predicted.h5ad"))
@@ -239,9 +239,9 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "no file" in sentence(f"data.data.filename={tmp_path / 'absent.h5ad'}") or "absent.h5ad" in sentence(
         f"data.data.filename={tmp_path / 'absent.h5ad'}"
     )
-    assert "condition_dropout must be at least 0" in sentence("model.condition_dropout=1.5")
-    assert "detection_limit must be" in sentence("model.detection_limit=magic")
-    assert "unknown solver" in sentence("model.solver.method=leapfrog")
+    assert "condition_dropout must be at least 0" in sentence("model.objective.condition_dropout=1.5")
+    assert "detection_limit must be" in sentence("model.sampler.detection_limit=magic")
+    assert "unknown solver" in sentence("model.sampler.solver.method=leapfrog")
     assert "checkpoint absent.ckpt: no such file" in sentence("train=false", "ckpt_path=absent.ckpt")
     assert "train=false tests a trained model: give ckpt_path=PATH" in sentence("train=false")
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")

@@ -16,7 +16,7 @@ from primeflow_perturbench.finetuning.report import TellTakenOver, sentences
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
-from primeflow_perturbench.training.parameter_groups import checked_finetuning, parameters_of_groups
+from primeflow_perturbench.training.parameter_groups import check_finetuning, parameters_of_groups
 from primeflow_perturbench.training.schedule import warmup_cosine
 
 SETTINGS = [
@@ -28,7 +28,7 @@ SETTINGS = [
     "model/network=unet_patches_small",
     "model.network.channels=8",
     "model.network.multipliers=[1]",
-    "model.calibrate=none",
+    "model.sampler.calibrate=none",
     "model.lr=1e-2",
     "model.lr_scheduler.conf.warmup_steps=2",
     "trainer.val_check_interval=2",
@@ -81,7 +81,7 @@ def cells(screen_path, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def pretrained(cells, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
-    run(folder, cells["atlas"], "trainer.max_steps=4", "model.network.genes.order=correlation")
+    run(folder, cells["atlas"], "trainer.max_steps=4")
     return folder / "checkpoints/last.ckpt"
 
 
@@ -116,15 +116,6 @@ def test_a_run_tells_and_keeps_what_it_has_taken_over(finetuned, cells):
     assert all(sentence in told for sentence in sentences(report))
 
 
-def test_the_space_between_the_genes_is_that_of_the_checkpoint(finetuned, pretrained):
-    before = torch.load(pretrained, weights_only=False)["state_dict"]
-    genes = genes_of(finetuned[1]["model"])
-    old_order = before["network.network.genes.order"]
-    assert old_order.tolist() != sorted(old_order.tolist())
-    for new, place in enumerate(genes.place_of_gene[:70].tolist()):
-        assert old_order[place] == new + 30
-
-
 def test_a_finetuning_that_stopped_goes_on_by_its_own_checkpoint(finetuned, cells, tmp_path):
     folder, _ = finetuned
     half = folder / "checkpoints/step4.ckpt"
@@ -149,7 +140,7 @@ def test_a_finetuned_model_is_loaded_and_shared_with_its_free_places(finetuned, 
     assert genes_of(model).places > model.n_genes
     model.save_pretrained(tmp_path / "shared")
     shared = PRiMeFlow.from_pretrained(tmp_path / "shared")
-    condition = model.encoder.null[None].repeat(3, 1)
+    condition = model.encoder.null.expand(3)
     assert torch.equal(shared.generate(condition), model.generate(condition))
 
 
@@ -206,7 +197,7 @@ def test_each_parameter_is_of_one_group(finetuned):
 )
 def test_groups_that_are_none_are_refused(given, sentence):
     with pytest.raises(InputError, match=sentence):
-        checked_finetuning(given)
+        check_finetuning(given)
 
 
 def test_finetuning_needs_a_checkpoint(cells, tmp_path):

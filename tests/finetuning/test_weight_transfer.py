@@ -4,17 +4,17 @@ from functools import partial
 
 import pytest
 import torch
+from builders import model_settings
 from torch import nn
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import PCASpace
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
-from primeflow_perturbench.networks.condition_embedding import External, Learned, Mixture
+from primeflow_perturbench.networks.condition_embedding import External, Mixture
 from primeflow_perturbench.networks.gene_tokens import FREE, GenePatches, GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
-from primeflow_perturbench.networks.transformer import PatchTransformer
 from primeflow_perturbench.networks.unet import UNet
 
 GENES = [f"gene{i}" for i in range(11)]
@@ -27,8 +27,6 @@ NETWORKS = {
     "own_values": partial(ResidualMLP, width=16, depth=1, embedding_width=8, functions=3, direct=True),
     "tokens": partial(UNET, genes=GeneTokens),
     "patches": partial(UNET, genes=partial(GenePatches, patch=4, functions=3, direct=True)),
-    "ordered": partial(UNET, genes=partial(GenePatches, patch=4, order="correlation")),
-    "transformer": partial(PatchTransformer, channels=8, depth=1, heads=2, genes=partial(GenePatches, patch=4)),
 }
 
 OTHER = {
@@ -61,15 +59,12 @@ def build(genes=GENES, perturbations=PERTURBATIONS, covariates=LINES, network="p
         "solver": ODESolver("midpoint", steps=2),
         "detection_limit": None,
     }
-    return PRiMeFlow(**given | settings)
+    return PRiMeFlow(**model_settings(**(given | settings)))
 
 
 def trained(**settings):
     """A model whose parameters are none that a fresh one has, over places in an order of its own."""
     model = build(**settings)
-    for module in model.modules():
-        if isinstance(module, GenePatches) and module.order_by != "file":
-            module.set_order(torch.randperm(module.n_genes, generator=torch.Generator().manual_seed(1)))
     for i, parameter in enumerate(model.parameters()):
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(100 + i))
     return model
@@ -110,7 +105,7 @@ TIMES = torch.tensor([0.0, 0.3, 0.6, 0.9])
 
 def velocity(model, x, labels=LABELS):
     with torch.no_grad():
-        return model.velocity(x, TIMES, condition(model, labels))
+        return model.velocity(x, TIMES, model.conditions(condition(model, labels)))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -225,15 +220,15 @@ def test_a_covariate_that_is_new_starts_silent():
     assert torch.equal(now[:, [0, 1, 2, 4, 5, 8]], was)
 
 
-@pytest.mark.parametrize("conditions", [Learned, Mixture])
-def test_learnt_embeddings_of_perturbations_go_by_name(conditions):
+@pytest.mark.parametrize("conditions", [Mixture])
+def test_learned_embeddings_of_perturbations_are_matched_by_name(conditions):
     settings = {"conditions": partial(conditions, width=5)}
     if conditions is Mixture:
         settings["conditions"] = partial(conditions, width=5, embeddings=[table()])
     old = trained(**settings)
     new = finetuned(old, perturbations=["G2", "N"], **settings)
-    torch.testing.assert_close(new.conditions.learnt[0], old.conditions.learnt[2])
-    torch.testing.assert_close(new.conditions.learnt[1], old.conditions.learnt.mean(0))
+    torch.testing.assert_close(new.conditions.learned[0], old.conditions.learned[2])
+    torch.testing.assert_close(new.conditions.learned[1], old.conditions.learned.mean(0))
     assert torch.equal(first_layer(new).weight, first_layer(old).weight)
 
 
@@ -258,14 +253,14 @@ def test_statistics_of_the_new_cells_are_not_the_checkpoints():
     old.network.mean.fill_(7.0)
     new = finetuned(old, genes=GENES[3:], precondition=True)
     assert (new.network.mean == 0).all()
-    assert new.learnt_detection_limit is None
+    assert new.learned_detection_limit is None
 
 
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
         ({"network": "mlp"}, {}, "another kind of model: it lacks '.*', which the model has"),
-        ({}, {"network": "transformer"}, "another kind of model: it lacks"),
+        ({}, {"network": "residual_mlp"}, "another kind of model: it lacks"),
         ({"precondition": True}, {}, "another kind of model: it lacks"),
         (
             {"network": "mlp"},

@@ -19,13 +19,13 @@ def cost(x_0, x_1, indices):
     return float((x_0[indices] - x_1).square().sum())
 
 
-def test_the_independent_coupling_moves_nothing():
+def test_the_independent_coupling_keeps_the_order():
     x_0, x_1 = pairs(5)
     assert independent_coupling(x_0, x_1).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("n", [1, 2, 6])
-def test_optimal_transport_equals_the_best_of_all_permutations(n):
+def test_optimal_transport_finds_the_best_of_all_permutations(n):
     pytest.importorskip("ot")
     x_0, x_1 = pairs(n)
     best = min(permutations(range(n)), key=lambda order: cost(x_0, x_1, list(order)))
@@ -44,7 +44,7 @@ def test_optimal_transport_equals_the_hungarian_method(seed):
     assert cost(x_0, x_1, indices) < 0.9 * cost(x_0, x_1, torch.arange(60))
 
 
-def test_it_finds_a_permutation_that_was_hidden():
+def test_optimal_transport_recovers_a_permutation():
     pytest.importorskip("ot")
     x_1 = random(40, 3)
     hidden = torch.randperm(40, generator=torch.Generator().manual_seed(1))
@@ -53,14 +53,14 @@ def test_it_finds_a_permutation_that_was_hidden():
     assert torch.equal(optimal_transport_coupling(x_0, x_1), hidden)
 
 
-def test_sources_stay_in_their_group():
+def test_sources_are_paired_within_their_group():
     pytest.importorskip("ot")
     x_0, x_1 = pairs(30)
     groups = torch.arange(30) % 3
     indices = optimal_transport_coupling(x_0, x_1, groups)
     assert torch.equal(groups[indices], groups)
     assert sorted(indices.tolist()) == list(range(30))
-    # Without groups some would leave theirs: the test above can fail.
+    # Without groups some pairs cross groups, so the assertion above can fail.
     assert not torch.equal(groups[optimal_transport_coupling(x_0, x_1)], groups)
     for group in range(3):
         rows = torch.arange(30)[groups == group]
@@ -68,7 +68,7 @@ def test_sources_stay_in_their_group():
         assert torch.equal(indices[rows], rows[alone])
 
 
-def test_equal_cells_still_get_a_source_each():
+def test_equal_cells_get_one_source_each():
     pytest.importorskip("ot")
     indices = optimal_transport_coupling(torch.zeros(8, 2), torch.ones(8, 2))
     assert sorted(indices.tolist()) == list(range(8))

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from primeflow_perturbench.flow.path import StraightPath, gaussian_source, logit_normal_time, uniform_time
+from primeflow_perturbench.flow.path import StraightPath, gaussian_source, uniform_time
 
 N_CELLS, N_GENES = 6, 4
 
@@ -32,7 +32,7 @@ def test_the_path_starts_at_the_source_and_ends_at_the_data():
     torch.testing.assert_close(sample_at(0.5).x_t, (x_0 + x_1) / 2, rtol=0, atol=1e-15)
 
 
-def test_the_velocity_is_the_derivative_of_the_point_in_time():
+def test_the_velocity_is_the_time_derivative_of_the_point():
     x_0, x_1 = ends()
     t = torch.rand(N_CELLS, generator=seeded(1), dtype=torch.float64)
 
@@ -47,7 +47,7 @@ def test_the_velocity_is_the_derivative_of_the_point_in_time():
     assert derivative.abs().sum() == own.abs().sum()
 
 
-def test_each_cell_has_a_time_of_its_own_and_the_sample_keeps_what_made_it():
+def test_each_cell_has_its_own_time_and_the_sample_keeps_its_inputs():
     x_0, x_1 = ends()
     t = torch.linspace(0, 1, N_CELLS, dtype=torch.float64)
     sample = StraightPath().sample(x_0, x_1, t)
@@ -72,13 +72,13 @@ def test_each_cell_has_a_time_of_its_own_and_the_sample_keeps_what_made_it():
         ((6, 4), (6, 4), ()),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shape_0, shape_1, shape_t):
+def test_mismatched_shapes_are_an_error(shape_0, shape_1, shape_t):
     with pytest.raises(ValueError, match=r"one shape \(B, G\) and t of shape \(B,\)"):
         StraightPath().sample(torch.zeros(shape_0), torch.zeros(shape_1), torch.zeros(shape_t))
 
 
-@pytest.mark.parametrize("draw", [gaussian_source, uniform_time, logit_normal_time])
-def test_draws_repeat_for_a_seed_and_differ_for_another(draw):
+@pytest.mark.parametrize("draw", [gaussian_source, uniform_time])
+def test_equal_seeds_draw_equal_numbers_and_other_seeds_others(draw):
     x_1 = torch.zeros(50, 3)
     first = draw(x_1, seeded(3))
     assert torch.equal(first, draw(x_1, seeded(3)))
@@ -88,8 +88,8 @@ def test_draws_repeat_for_a_seed_and_differ_for_another(draw):
     assert not torch.equal(first, draw(x_1, generator))
 
 
-@pytest.mark.parametrize("draw", [gaussian_source, uniform_time, logit_normal_time])
-def test_a_generator_leaves_the_global_state_alone_and_no_generator_uses_it(draw):
+@pytest.mark.parametrize("draw", [gaussian_source, uniform_time])
+def test_only_draws_without_a_generator_use_the_global_state(draw):
     x_1 = torch.zeros(5, 3)
     before = torch.get_rng_state()
     draw(x_1, seeded())
@@ -99,7 +99,7 @@ def test_a_generator_leaves_the_global_state_alone_and_no_generator_uses_it(draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_source_is_standard_normal_whatever_the_data(dtype):
+def test_the_source_is_standard_normal_for_any_data(dtype):
     x_1 = torch.full((2000, 10), 7.0, dtype=dtype)
     x_0 = gaussian_source(x_1, seeded())
     assert x_0.shape == x_1.shape
@@ -111,7 +111,7 @@ def test_the_source_is_standard_normal_whatever_the_data(dtype):
     assert abs(torch.corrcoef(x_0.T).fill_diagonal_(0)).max() < 0.1
 
 
-def test_times_are_uniform_one_a_cell():
+def test_times_are_uniform_one_per_cell():
     t = uniform_time(torch.zeros(20_000, 2, dtype=torch.float64), seeded())
     assert t.shape == (20_000,)
     assert t.dtype == torch.float64
@@ -119,15 +119,3 @@ def test_times_are_uniform_one_a_cell():
     assert t.max() < 1
     deciles = torch.quantile(t, torch.linspace(0.1, 0.9, 9, dtype=torch.float64))
     torch.testing.assert_close(deciles, torch.linspace(0.1, 0.9, 9, dtype=torch.float64), rtol=0, atol=0.015)
-
-
-def test_logit_normal_times_have_the_quantiles_of_the_closed_form():
-    t = logit_normal_time(torch.zeros(20_000, 2, dtype=torch.float64), seeded())
-    assert t.shape == (20_000,)
-    assert t.dtype == torch.float64
-    assert t.min() > 0
-    assert t.max() < 1
-    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
-    expected = torch.special.expit(torch.special.ndtri(levels))
-    assert expected[0] == pytest.approx(0.2173, abs=1e-4)
-    torch.testing.assert_close(torch.quantile(t, levels), expected, rtol=0, atol=0.015)

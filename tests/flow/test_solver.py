@@ -8,9 +8,7 @@ from torchdiffeq import odeint
 from primeflow_perturbench.flow.solver import ADAPTIVE_SOLVERS, FIXED_STEP_SOLVERS, ODESolver
 
 METHODS = [*FIXED_STEP_SOLVERS, *ADAPTIVE_SOLVERS]
-ORDERS = pytest.mark.parametrize(
-    ("method", "order", "steps"), [("euler", 1, 64), ("midpoint", 2, 16), ("heun", 2, 16), ("rk4", 4, 4)]
-)
+ORDERS = pytest.mark.parametrize(("method", "order", "steps"), [("euler", 1, 64), ("midpoint", 2, 16)])
 N_CELLS, N_GENES = 3, 4
 
 
@@ -39,7 +37,7 @@ def error(matrix, x_0, **solver):
 
 
 class Recorder:
-    """A velocity that keeps the times it was asked for; ``speed`` is the solution's rate of change."""
+    """A velocity that records the times at which it is evaluated; ``speed`` is the solution's rate of change."""
 
     def __init__(self, speed=lambda x, t: torch.sin(3 * x) + t[:, None]):
         self.speed, self.times = speed, []
@@ -50,7 +48,7 @@ class Recorder:
 
 
 @ORDERS
-def test_the_error_falls_at_the_order_of_the_method(matrix, x_0, method, order, steps):
+def test_the_error_falls_with_the_order_of_the_method(matrix, x_0, method, order, steps):
     counts = steps * 2 ** np.arange(4)
     errors = [error(matrix, x_0, method=method, steps=int(n)) for n in counts]
     assert errors[0] > 1e-5
@@ -59,7 +57,7 @@ def test_the_error_falls_at_the_order_of_the_method(matrix, x_0, method, order, 
 
 
 @ORDERS
-def test_the_order_holds_where_the_velocity_depends_on_time(x_0, method, order, steps):
+def test_the_order_holds_for_a_velocity_that_depends_on_time(x_0, method, order, steps):
     """dx/dt = cos(t) x, so x(1) = x(0) exp(sin 1)."""
     exact = x_0 * np.exp(np.sin(1.0))
     counts = 2 * steps * 2 ** np.arange(4)
@@ -72,7 +70,7 @@ def test_the_order_holds_where_the_velocity_depends_on_time(x_0, method, order, 
     assert fitted == pytest.approx(order, abs=0.3)
 
 
-def test_fixed_steps_equal_a_plain_rewrite(x_0):
+def test_midpoint_equals_its_formula(x_0):
     def velocity(x, t):
         return torch.sin(3 * x) + t[:, None] ** 2
 
@@ -87,27 +85,26 @@ def test_fixed_steps_equal_a_plain_rewrite(x_0):
 
 
 @pytest.mark.parametrize("steps", [1, 7])
-@pytest.mark.parametrize(("method", "theirs"), [(m, {"heun": "heun2"}.get(m, m)) for m in FIXED_STEP_SOLVERS])
-def test_fixed_steps_equal_those_of_an_independent_library(x_0, method, theirs, steps):
+@pytest.mark.parametrize("method", FIXED_STEP_SOLVERS)
+def test_fixed_steps_equal_those_of_torchdiffeq(x_0, method, steps):
     def velocity(x, t):
         return torch.sin(3 * x) + (1 + t[:, None]) ** 2
 
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    expected = odeint(lambda t, x: velocity(x, t.expand(N_CELLS)), x_0, times, method=theirs)[-1]
+    expected = odeint(lambda t, x: velocity(x, t.expand(N_CELLS)), x_0, times, method=method)[-1]
     x_1 = ODESolver(method=method, steps=steps).integrate(velocity, x_0)
     torch.testing.assert_close(x_1, expected, rtol=0, atol=1e-12)
     assert (x_1 - x_0).abs().max() > 0.1
 
 
-def test_fixed_steps_need_no_library(monkeypatch, matrix, x_0):
-    """A bare machine, on which the benchmarks run, has none."""
+def test_fixed_steps_do_not_need_torchdiffeq(monkeypatch, matrix, x_0):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    assert solve_linear(matrix, x_0, method="rk4", steps=2).isfinite().all()
+    assert solve_linear(matrix, x_0, method="midpoint", steps=2).isfinite().all()
     with pytest.raises(ImportError, match="torchdiffeq"):
         solve_linear(matrix, x_0, method="dopri5")
 
 
-def test_dopri5_is_within_its_tolerance_and_a_finer_one_is_nearer(matrix, x_0):
+def test_dopri5_meets_its_tolerance_and_a_smaller_one_is_more_accurate(matrix, x_0):
     scale = float(exact_linear(matrix, x_0).abs().max())
     coarse = error(matrix, x_0, method="dopri5", rtol=1e-3, atol=1e-3)
     fine = error(matrix, x_0, method="dopri5", rtol=1e-8, atol=1e-8)
@@ -117,14 +114,14 @@ def test_dopri5_is_within_its_tolerance_and_a_finer_one_is_nearer(matrix, x_0):
 
 @pytest.mark.parametrize("steps", [1, 7, 49])
 @pytest.mark.parametrize("method", FIXED_STEP_SOLVERS)
-def test_evaluations_are_as_many_as_promised(x_0, method, steps):
+def test_the_number_of_evaluations_is_as_declared(x_0, method, steps):
     solver, velocity = ODESolver(method=method, steps=steps), Recorder()
     solver.integrate(velocity, x_0.float())
-    assert len(velocity.times) == solver.evaluations == steps * {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}[method]
+    assert len(velocity.times) == solver.evaluations == steps * {"euler": 1, "midpoint": 2}[method]
     assert not solver.adaptive
 
 
-def test_an_adaptive_solver_promises_no_number_and_takes_more_where_it_must(x_0):
+def test_an_adaptive_solver_evaluates_more_often_for_a_smaller_tolerance(x_0):
     assert ODESolver(method="dopri5").evaluations is None
     assert ODESolver(method="dopri5").adaptive
     counts = []
@@ -137,7 +134,7 @@ def test_an_adaptive_solver_promises_no_number_and_takes_more_where_it_must(x_0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
-def test_times_are_one_a_cell_and_never_outside_the_path(x_0, method, dtype):
+def test_times_have_one_entry_per_cell_and_stay_within_the_path(x_0, method, dtype):
     velocity = Recorder()
     x_1 = ODESolver(method=method, steps=7).integrate(velocity, x_0.to(dtype))
     assert x_1.dtype == dtype
@@ -153,15 +150,15 @@ def test_times_are_one_a_cell_and_never_outside_the_path(x_0, method, dtype):
 
 
 @pytest.mark.parametrize("speed", [lambda x, t: 0.01 * x, lambda x, t: torch.full_like(x, 1e-3), lambda x, t: 0 * x])
-def test_an_adaptive_solver_does_not_ask_for_times_past_the_end(x_0, speed):
-    """A slow velocity invites one large step; a network has never seen the times that it would reach."""
+def test_an_adaptive_solver_never_evaluates_beyond_the_end(x_0, speed):
+    """A slow velocity invites one large step, to times at which a network was never trained."""
     velocity = Recorder(speed)
     ODESolver(method="dopri5").integrate(velocity, x_0)
     assert torch.stack(velocity.times).max() <= 1
 
 
-def test_the_last_step_of_an_adaptive_solver_ends_at_the_end(x_0):
-    """Else it would step over t = 1 and interpolate back between points of which one is no solution."""
+def test_the_last_adaptive_step_ends_exactly_at_the_end(x_0):
+    """Otherwise it would step beyond t = 1 and interpolate back."""
     visited = []
 
     def velocity(x, t):
@@ -184,7 +181,7 @@ def test_the_gradient_flows_through_the_solve(matrix, x_0, method):
     assert coefficients.grad.abs().max() > 0.1
 
 
-def test_cells_do_not_see_each_other_with_fixed_steps(matrix, x_0):
+def test_cells_are_independent_with_fixed_steps(matrix, x_0):
     together = solve_linear(matrix, x_0, method="midpoint", steps=5)
     alone = torch.cat([solve_linear(matrix, row[None], method="midpoint", steps=5) for row in x_0])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
@@ -193,19 +190,19 @@ def test_cells_do_not_see_each_other_with_fixed_steps(matrix, x_0):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "rk5"}, "unknown solver 'rk5': choose one of euler, midpoint, heun, rk4, dopri5"),
+        ({"method": "rk5"}, "unknown solver 'rk5': choose one of euler, midpoint, dopri5"),
         ({"steps": 0}, "at least one step, got 0"),
         ({"steps": -3}, "at least one step, got -3"),
         ({"rtol": 0.0}, "tolerances must be positive, got rtol 0.0"),
         ({"atol": -1.0}, "tolerances must be positive, got rtol 0.001 and atol -1.0"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_bad_settings_are_an_error(settings, message):
     with pytest.raises(ValueError, match=message):
         ODESolver(**settings)
 
 
-def test_every_setting_acts(matrix, x_0):
+def test_every_setting_has_an_effect(matrix, x_0):
     assert error(matrix, x_0, method="euler", steps=4) != error(matrix, x_0, method="euler", steps=5)
     assert error(matrix, x_0, method="euler", steps=4) != error(matrix, x_0, method="midpoint", steps=4)
     tolerances = [(1e-2, 1e-9), (1e-6, 1e-9), (1e-9, 1e-2), (1e-9, 1e-6)]
@@ -213,24 +210,24 @@ def test_every_setting_acts(matrix, x_0):
     assert len(set(errors)) == 4
 
 
-# --- a part of the path
+# --- part of the path
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("middle", [0.2, 0.37, 0.5, 1.0])
-def test_two_parts_of_the_path_are_the_whole(x_0, method, middle):
+@pytest.mark.parametrize("middle", [0.2, 0.5, 1.0])
+def test_two_parts_of_the_path_agree_with_the_whole(x_0, method, middle):
     def velocity(x, t):
         return torch.sin(3 * x) + t[:, None] ** 2
 
-    solver = ODESolver(method=method, steps=5, rtol=1e-7, atol=1e-7)
+    solver = ODESolver(method=method, steps=1000, rtol=1e-7, atol=1e-7)
     x_m = solver.integrate(velocity, x_0, 0.0, middle)
     parts, whole = solver.integrate(velocity, x_m, middle, 1.0), solver.integrate(velocity, x_0)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 if solver.adaptive else 0)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-2 if method == "euler" else 1e-5)
     assert (x_m - x_0).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_part_of_the_path_ends_where_the_exact_solution_is(matrix, x_0, method):
+def test_a_part_of_the_path_ends_at_the_exact_solution(matrix, x_0, method):
     solver = ODESolver(method=method, steps=400, rtol=1e-6, atol=1e-6)
     x = solver.integrate(lambda x, t: x @ matrix.T, x_0, 0.25, 0.75)
     exact = x_0 @ torch.matrix_exp(matrix / 2).T
@@ -238,7 +235,7 @@ def test_a_part_of_the_path_ends_where_the_exact_solution_is(matrix, x_0, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_part_of_the_path_asks_for_no_time_outside_of_it(x_0, method):
+def test_a_part_of_the_path_is_never_evaluated_outside(x_0, method):
     velocity = Recorder()
     ODESolver(method=method, steps=8).integrate(velocity, x_0, 0.25, 0.5)
     times = torch.stack(velocity.times)
@@ -247,13 +244,26 @@ def test_a_part_of_the_path_asks_for_no_time_outside_of_it(x_0, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_empty_part_moves_nothing(x_0, method):
+def test_an_empty_interval_changes_nothing(x_0, method):
     velocity = Recorder()
     assert torch.equal(ODESolver(method=method, steps=8).integrate(velocity, x_0, 0.5, 0.5), x_0)
     assert velocity.times == []
 
 
-def test_the_ends_of_a_part_are_rounded_to_steps(x_0):
+def test_a_part_of_the_path_is_divided_into_equal_steps(x_0):
     velocity = Recorder()
     ODESolver("euler", steps=10).integrate(velocity, x_0, 0.13, 0.58)
-    assert torch.stack(velocity.times)[:, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    expected = [0.13 + step * 0.045 for step in range(10)]
+    assert torch.stack(velocity.times)[:, 0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_integrating_backwards_returns_to_the_start(x_0, method):
+    solver = ODESolver(method=method, steps=500, rtol=1e-7, atol=1e-7)
+
+    def velocity(x, t):
+        return torch.sin(x) + t[:, None]
+
+    x_1 = solver.integrate(velocity, x_0)
+    torch.testing.assert_close(solver.integrate(velocity, x_1, 1.0, 0.0), x_0, rtol=0, atol=5e-3)
+    assert (x_1 - x_0).abs().max() > 0.1

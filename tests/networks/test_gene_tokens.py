@@ -120,11 +120,8 @@ def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", ["file", "correlation"])
-def test_what_a_gene_reads_of_the_embedding_is_its_own_product(order):
-    genes = GenePatches(13, CHANNELS, 4, order=order, direct=True)
-    if order != "file":
-        genes.set_order(torch.arange(13).flip(0))
+def test_what_a_gene_reads_of_the_embedding_is_its_own_product():
+    genes = GenePatches(13, CHANNELS, 4, direct=True)
     genes.read_embedding(6)
     hidden, embedding = random(2, CHANNELS, genes.length, seed=1), random(2, 6, seed=2)
     assert (genes.values(hidden, None, embedding) == 0).all()
@@ -134,7 +131,7 @@ def test_what_a_gene_reads_of_the_embedding_is_its_own_product(order):
     weights, active = genes.direct_read_out.detach().numpy(), silu(embedding.numpy())
     for b in range(2):
         for g in range(13):
-            place = g if order == "file" else 12 - g
+            place = g
             expected = without[b, g] + sum(active[b, w] * weights[w, place] for w in range(6))
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
     plain = GenePatches(13, CHANNELS, 4)
@@ -194,7 +191,7 @@ def test_the_padding_of_the_last_patch_touches_no_value():
 
 @pytest.mark.parametrize(
     "genes",
-    [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4), GenePatches(13, CHANNELS, 4, order="correlation")],
+    [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4)],
 )
 def test_expression_may_be_a_view(genes):
     x = random(13, 3).T
@@ -221,85 +218,6 @@ def test_parameters_are_as_many_as_a_count_by_hand():
 def test_a_patch_of_no_genes_is_refused(patch):
     with pytest.raises(ValueError, match=f"patch of at least one gene, got {patch}"):
         GenePatches(13, CHANNELS, patch)
-
-
-# --- order
-
-
-def permutation(n, seed=3):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-def ordered(order, patch=4, seed=0):
-    """Patches with weights of their own, over genes in an order."""
-    genes = randomised(GenePatches(len(order), CHANNELS, patch, order="correlation"), seed)
-    genes.set_order(order)
-    return genes
-
-
-@pytest.mark.parametrize(("n_genes", "patch"), [(1, 8), (5, 8), (8, 8), (13, 4), (7, 1)])
-def test_genes_in_an_order_equal_genes_that_come_in_that_order(n_genes, patch):
-    order = permutation(n_genes)
-    genes, plain = ordered(order, patch), randomised(GenePatches(n_genes, CHANNELS, patch))
-    x, hidden = random(3, n_genes), random(3, CHANNELS, genes.length, seed=1)
-    torch.testing.assert_close(genes.tokens(x), plain.tokens(x[:, order]), rtol=0, atol=0)
-    values = plain.values(hidden)
-    for place, gene in enumerate(order.tolist()):
-        torch.testing.assert_close(genes.values(hidden)[:, gene], values[:, place], rtol=0, atol=0)
-
-
-def test_permuting_the_data_and_the_order_together_changes_nothing():
-    order, shuffle = permutation(13), permutation(13, seed=4)
-    x, hidden = random(3, 13), random(3, CHANNELS, 4, seed=1)
-    genes, moved = ordered(order), ordered(shuffle.argsort()[order])
-    torch.testing.assert_close(moved.tokens(x[:, shuffle]), genes.tokens(x), rtol=0, atol=0)
-    torch.testing.assert_close(moved.values(hidden), genes.values(hidden)[:, shuffle], rtol=0, atol=0)
-    unmoved = ordered(order)
-    assert not torch.allclose(unmoved.tokens(x[:, shuffle]), genes.tokens(x))
-    assert not torch.allclose(unmoved.values(hidden), genes.values(hidden)[:, shuffle])
-
-
-def test_an_order_that_was_never_set_is_that_of_the_file():
-    genes, plain = (
-        randomised(GenePatches(13, CHANNELS, 4, order="correlation")),
-        randomised(GenePatches(13, CHANNELS, 4)),
-    )
-    x, hidden = random(3, 13), random(3, CHANNELS, 4, seed=1)
-    torch.testing.assert_close(genes.tokens(x), plain.tokens(x), rtol=0, atol=0)
-    torch.testing.assert_close(genes.values(hidden), plain.values(hidden), rtol=0, atol=0)
-
-
-def test_a_checkpoint_holds_the_order_and_file_order_adds_nothing_to_it():
-    genes = ordered(permutation(13))
-    loaded = GenePatches(13, CHANNELS, 4, order="correlation")
-    loaded.load_state_dict(genes.state_dict())
-    x = random(2, 13)
-    torch.testing.assert_close(loaded.tokens(x), genes.tokens(x), rtol=0, atol=0)
-    assert torch.equal(loaded.order, permutation(13))
-    assert set(genes.state_dict()) - set(GenePatches(13, CHANNELS, 4).state_dict()) == {"order"}
-
-
-def test_half_precision_leaves_the_order_exact():
-    genes = ordered(permutation(3001), patch=8).to(torch.bfloat16)
-    assert torch.equal(genes.order, permutation(3001))
-
-
-@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 3]])
-def test_what_is_no_permutation_is_refused(order):
-    genes = GenePatches(3, CHANNELS, 2, order="chromosome")
-    with pytest.raises(ValueError, match="needs each of 0 to 2 once"):
-        genes.set_order(torch.tensor(order))
-    assert genes.order.tolist() == [0, 1, 2]
-
-
-def test_patches_in_file_order_take_no_other():
-    with pytest.raises(ValueError, match="in file order hold no other"):
-        GenePatches(3, CHANNELS, 2).set_order(torch.tensor([2, 1, 0]))
-
-
-def test_an_unknown_order_is_refused():
-    with pytest.raises(ValueError, match="one of file, correlation, chromosome, got 'size'"):
-        GenePatches(3, CHANNELS, 2, order="size")
 
 
 # --- vectors
@@ -348,14 +266,11 @@ def test_gene_tokens_start_with_their_vectors():
     assert genes.embedding.requires_grad
 
 
-@pytest.mark.parametrize("order", [None, permutation(13)])
-def test_a_patch_starts_with_the_mean_of_the_vectors_of_its_genes(order):
-    genes, vectors = GenePatches(13, CHANNELS, 4, order="file" if order is None else "correlation"), random(13, 20)
+def test_a_patch_starts_with_the_mean_of_the_vectors_of_its_genes():
+    genes, vectors = GenePatches(13, CHANNELS, 4), random(13, 20)
     # A patch with one gene that has no vector, and one with none that has.
-    places = torch.arange(13) if order is None else order
+    places = torch.arange(13)
     vectors[places[[5, 12]]] = 0
-    if order is not None:
-        genes.set_order(order)
     before = genes.embedding.detach().clone()
     genes.set_gene_vectors(vectors)
     added, projected = (genes.embedding - before).detach(), projected_vectors(vectors, CHANNELS).float()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,18 +20,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from primeflow_perturbench import PRiMeFlow
-from primeflow_perturbench.calibration.marginals import ConditionMarginals, MarginalSurvey
+from primeflow_perturbench.calibration.marginals import Marginals
 from primeflow_perturbench.cli import main
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.expression.control_pool import ControlPool, ControlSurvey
-from primeflow_perturbench.expression.space import GeneSpace, PCASpace
+from primeflow_perturbench.expression.control_pool import ControlPool, ControlReservoir
+from primeflow_perturbench.expression.space import PCASpace
+from primeflow_perturbench.expression.statistics import MarginalStatistics
+from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
-from primeflow_perturbench.networks.transformer import PatchTransformer
 from primeflow_perturbench.networks.unet import UNet
 from primeflow_perturbench.pretrained.settings import as_json
+from primeflow_perturbench.sampling.settings import SamplingSettings
 
 GENES = [f"gene{i}" for i in range(9)]
 PERTURBATIONS = ["KLF1", "MAP2K6", "TP53"]
@@ -47,21 +51,20 @@ CONDITIONS = [
     {"perturbation": "KLF1+MAP2K6", "cell_type": "k562", "dose": 1.0},
     {"perturbation": "control", "cell_type": "a549", "dose": 0.0},
 ]
-TRANSFORMER = partial(PatchTransformer, channels=8, depth=1, heads=2, expansion=1, genes=partial(GenePatches, patch=4))
-ORDERED = partial(TRANSFORMER, genes=partial(GenePatches, patch=4, order="correlation"))
+PATCHES = partial(UNet, channels=8, multipliers=[1], blocks=1, attention=False, genes=partial(GenePatches, patch=4))
+SOLVER = ODESolver("midpoint", steps=3)
 SETTINGS = {
-    "network": ORDERED,
-    "space": partial(GeneSpace, scaling="std"),
-    "precondition": True,
-    "calibrate": "marginals",
-    "calibration_cells": 64,
+    "network": PATCHES,
+    "objective": Objective(precondition=True),
+    "sampler": SamplingSettings(
+        SOLVER, detection_limit="learned", calibrate="marginals", calibration_cells=64
+    ),
 }
 FROM_CONTROLS = {
     "network": partial(MLP, width=8, depth=1, embedding_width=4),
     "space": partial(PCASpace, n_components=3),
-    "source": "control",
-    "guidance": 1.5,
-    "guidance_interval": (0.25, 1.0),
+    "objective": Objective(source="control"),
+    "sampler": SamplingSettings(SOLVER, guidance=1.5, detection_limit="learned"),
 }
 FROZEN = Path(__file__).parents[1] / "files" / "shared_model"
 CELLS = "expected_cells.csv"
@@ -76,7 +79,6 @@ def build(**settings):
         "context": CONTEXT,
         "evaluation": None,
         "gene_names": GENES,
-        "solver": ODESolver("midpoint", steps=3),
         **(settings or SETTINGS),
     }
     model = PRiMeFlow(**given)
@@ -97,15 +99,15 @@ def learn(model, draw):
     perturbations = (torch.rand(n, 3, generator=draw) < 0.3).float()
     lines = torch.nn.functional.one_hot(torch.arange(n) % 2, 2).float()
     condition = model.encoder(perturbations, {"cell_type": lines, "dose": (torch.arange(n) % 4 // 2).float()[:, None]})
-    cells = (torch.randn(n, len(GENES), generator=draw) + condition @ torch.randn(7, 9, generator=draw)).clamp(min=0)
-    marginals, controls = MarginalSurvey(), ControlSurvey(3, 20)
+    cells = (torch.randn(n, len(GENES), generator=draw) + condition.vector() @ torch.randn(7, 9, generator=draw)).clamp(min=0)
+    marginals, controls = MarginalStatistics(), ControlReservoir(20)
     marginals.add(condition, cells)
     controls.add(condition, cells)
-    model.marginals = ConditionMarginals.fit(model.encoder, marginals)
-    if model.source == "control":
-        model.space.fit(None, cells)
-        model.controls = ControlPool.of(controls, model.space.encode, model.covariates)
-    model.learnt_detection_limit = 0.1 + 0.2
+    model.marginals = Marginals.fit(model.encoder, marginals)
+    if model.objective.source == "control":
+        model.space.fit(cells)
+        model.controls = ControlPool.fit(controls, model.space.encode, model.covariates)
+    model.learned_detection_limit = 0.1 + 0.2
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +176,20 @@ def test_matrices_keep_how_they_lie_in_memory(model, saved):
     """A product with a matrix that lies otherwise can differ in its last bit."""
     before, after = model.marginals.means, PRiMeFlow.from_pretrained(saved).marginals.means
     assert not before.coefficients.is_contiguous()
-    for name in ("conditions", "components", "variances", "scores", "coefficients", "centre"):
+    for name in ("components", "variances", "scores", "coefficients", "center"):
         first, second = getattr(before, name), getattr(after, name)
         assert torch.equal(first, second), name
         assert first.shape == second.shape
         assert first.is_contiguous() == second.is_contiguous()
-    assert after.layout == before.layout
+    assert after.effects == before.effects
+    assert torch.equal(after.conditions.vector(), before.conditions.vector())
 
 
 def test_every_setting_and_name_comes_back(model, saved):
     loaded = PRiMeFlow.from_pretrained(saved)
     assert not loaded.training
-    assert loaded.learnt_detection_limit == 0.1 + 0.2
-    assert loaded.solver == model.solver
+    assert loaded.learned_detection_limit == 0.1 + 0.2
+    assert (loaded.sampler, loaded.objective) == (model.sampler, model.objective)
     assert (loaded.gene_names, loaded.covariates) == (GENES, CONTEXT["covariate_uniques"])
     context = loaded.training_record["train_context"]
     assert context == {name: value for name, value in CONTEXT.items() if name != "perturbation_counts"}
@@ -197,10 +200,10 @@ def test_every_setting_and_name_comes_back(model, saved):
 
 def test_what_was_changed_after_training_is_what_is_shared(tmp_path):
     model = build()
-    model.guidance, model.solver, model.seed = 3.0, ODESolver("euler", steps=2), 11
+    model.sampler, model.seed = replace(model.sampler, guidance=3.0, solver=ODESolver("euler", steps=2)), 11
     model.save_pretrained(tmp_path / "model")
     loaded = PRiMeFlow.from_pretrained(tmp_path / "model")
-    assert (loaded.guidance, loaded.solver, loaded.seed) == (3.0, ODESolver("euler", steps=2), 11)
+    assert (loaded.sampler, loaded.seed) == (model.sampler, 11)
     assert (values(loaded.sample(CONDITIONS, n=3)) == values(model.sample(CONDITIONS, n=3))).all()
 
 
@@ -209,7 +212,7 @@ def test_what_was_changed_after_training_is_what_is_shared(tmp_path):
     [
         partial(ResidualMLP, width=8, depth=2, embedding_width=4),
         partial(UNet, channels=8, multipliers=[1, 2], blocks=1, genes=partial(GeneTokens, gene_embedding=False)),
-        TRANSFORMER,
+        PATCHES,
     ],
 )
 def test_every_network_comes_back(tmp_path, network):
@@ -254,7 +257,7 @@ def test_what_cannot_be_shared_is_refused_and_nothing_is_written(tmp_path):
 
     for settings, message in (
         ({"network": partial(Own, width=8, depth=1, embedding_width=4)}, "network is .*Own.* cannot be shared"),
-        ({"network": TRANSFORMER, "gene_names": None}, "does not name its genes"),
+        ({"network": PATCHES, "gene_names": None}, "does not name its genes"),
     ):
         with pytest.raises(InputError, match=message):
             build(**settings).save_pretrained(tmp_path / "model")
@@ -372,7 +375,7 @@ def with_nan(tensor):
 MODEL, NETWORK = ("model",), ("model", "network")
 TOO_LARGE = "model.network has the size 1000000000000, but .* holds"
 READ_IN = "model.network.network.genes.read_in"
-CENTRE = "learnt.marginals.means.centre"
+CENTER = "learnt.marginals.means.center"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no file config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no file model.safetensors"),
@@ -409,16 +412,16 @@ BROKEN = {
         change((*NETWORK, "genes", "initial_vectors"), "/etc/passwd"),
         "setting 'initial_vectors', which is not known",
     ),
-    "text for a number": (change((*MODEL, "guidance"), "strong"), "model.guidance must be a finite number"),
-    "boolean for a number": (change((*MODEL, "calibration_cells"), True), "calibration_cells must be a whole number"),
-    "infinite": (change((*MODEL, "source_noise"), float("inf")), "source_noise must be a finite number, got inf"),
-    "enormous": (change((*MODEL, "guidance"), 10**400), "guidance must be a finite number"),
-    "no choice": (change((*MODEL, "calibrate"), "magic"), "calibrate must be 'none' or 'mean' or 'marginals'"),
-    "out of range": (change((*MODEL, "guidance"), -1), "config.json, model: guidance must be at least 0, got -1"),
-    "solver out of range": (change((*MODEL, "solver", "steps"), 0), "model.solver: a solver needs at least one step"),
-    "network impossible": (change((*NETWORK, "heads"), 3), "model: attention with 3 heads"),
+    "text for a number": (change((*MODEL, "sampler", "guidance"), "strong"), "model.sampler.guidance must be a finite number"),
+    "boolean for a number": (change((*MODEL, "sampler", "calibration_cells"), True), "calibration_cells must be a whole number"),
+    "infinite": (change((*MODEL, "objective", "source_noise"), float("inf")), "source_noise must be a finite number, got inf"),
+    "enormous": (change((*MODEL, "sampler", "guidance"), 10**400), "guidance must be a finite number"),
+    "no choice": (change((*MODEL, "sampler", "calibrate"), "magic"), "calibrate must be 'none' or 'marginals'"),
+    "out of range": (change((*MODEL, "sampler", "guidance"), -1), "config.json, model.sampler: guidance must be at least 0, got -1"),
+    "solver out of range": (change((*MODEL, "sampler", "solver", "steps"), 0), "model.sampler.solver: a solver needs at least one step"),
+    "network impossible": (change((*NETWORK, "genes", "patch"), 0), "model: gene patches need a patch"),
     "network too wide": (change((*NETWORK, "channels"), 10**12), TOO_LARGE),
-    "network too deep": (change((*NETWORK, "depth"), 500), "has 500 layers, but"),
+    "network too deep": (change((*NETWORK, "blocks"), 500), "has 500 layers, but"),
     "another width": (change((*NETWORK, "channels"), 16), "has shape .* need"),
     "gene twice": (change(("genes",), [*GENES[:-1], "gene0"]), "genes has the name 'gene0' more than once"),
     "too few genes": (change(("genes",), GENES[:-1]), "8 genes and 3 perturbations of config.json need"),
@@ -474,13 +477,9 @@ BROKEN = {
     "another shape": (set_tensor(READ_IN, lambda tensor: tensor[:-1]), f"tensor '{READ_IN}' has shape"),
     "another type": (set_tensor(READ_IN, torch.Tensor.double), "type torch.float64, but"),
     "strange type": (set_tensor(READ_IN, torch.Tensor.half), "has type F16, expected one of"),
-    "short marginals": (set_tensor(CENTRE, lambda tensor: tensor[:-1]), f"tensor '{CENTRE}' has shape"),
+    "short marginals": (set_tensor(CENTER, lambda tensor: tensor[:-1]), f"tensor '{CENTER}' has shape"),
     "NaN weights": (set_tensor(READ_IN, with_nan), f"tensor '{READ_IN}' holds NaN"),
-    "NaN means": (set_tensor(CENTRE, with_nan), f"tensor '{CENTRE}' holds NaN"),
-    "order of other genes": (
-        set_tensor("model.network.network.genes.order", lambda order: order + 1),
-        "genes.order' holds places that are not there",
-    ),
+    "NaN means": (set_tensor(CENTER, with_nan), f"tensor '{CENTER}' holds NaN"),
     "transposed no list": (change(("weights", "transposed"), 1), "weights.transposed must be a list of names"),
     "transposed nothing": (change(("weights", "transposed"), ["x"]), "has no matrix 'x'"),
 }
@@ -590,7 +589,7 @@ def test_a_condition_gives_an_anndata(model):
     assert cells.obs["cell_type"].tolist() == ["k562"] * 5 + ["a549"] * 5
     assert cells.obs["dose"].tolist() == [1.0] * 5 + [0.0] * 5
     rows = [[1, 1, 0, 1, 0, 1.0, 0], [0, 0, 0, 0, 1, 0.0, 0]]
-    expected = model.generate(torch.tensor(rows).repeat_interleave(5, 0))
+    expected = model.generate(Condition.from_vector(torch.tensor(rows).repeat_interleave(5, 0), 3))
     np.testing.assert_array_equal(values(cells), expected.numpy())
 
 
@@ -627,7 +626,7 @@ def test_what_is_wrong_with_a_condition_is_said(model):
 
 def test_embeddings_are_asked_for_and_make_unseen_perturbations_possible():
     embeddings = pd.DataFrame(np.eye(4, 2, dtype=np.float32), index=[*PERTURBATIONS, "MYC"])
-    settings = {"network": TRANSFORMER, "perturbation_embedding_width": 2, "detection_limit": None}
+    settings = {"network": PATCHES, "perturbation_embedding_width": 2, "sampler": SamplingSettings(SOLVER)}
     model = PRiMeFlow(3 * 3, 3, None, CONTEXT, None, gene_names=GENES, **settings)
     with pytest.raises(InputError, match="embeddings of width 2"):
         model.sample(CONDITIONS)
@@ -649,7 +648,7 @@ def run(tmp_path_factory, screen_path):
     folder = tmp_path_factory.mktemp("run")
     settings = "references=[] trainer.max_steps=4 trainer.val_check_interval=2 trainer.precision=32-true "
     settings += "~callbacks.progress_bar experiment=devel/transfer model=primeflow_mlp model.network.width=16 "
-    settings += "model.network.depth=1 model.network.embedding_width=8 model.solver.steps=2 model.cells_per_condition=8"
+    settings += "model.network.depth=1 model.network.embedding_width=8 model.sampler.solver.steps=2 model.sampler.cells_per_condition=8"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         call(patch, "train", *settings.split(), f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")
@@ -673,12 +672,12 @@ def test_a_checkpoints_folder_has_its_averaged_weights_and_predicts_its_cells(ru
     assert len(config["data"]["sha256"]) == 64
     conditions = [{"condition": "G0+G7", "cell_type": line} for line in ("alpha", "gamma")]
     pd.DataFrame(conditions).to_csv("table.csv", index=False)
-    common = ["prediction_dataframe_path=table.csv", "n_cells=8", "precision=32-true", "model.guidance=2"]
+    common = ["prediction_dataframe_path=table.csv", "n_cells=8", "precision=32-true", "model.sampler.guidance=2"]
     for ckpt_path in (checkpoint, "shared"):
         call(monkeypatch, "predict", f"ckpt_path={ckpt_path}", f"output_path={Path(ckpt_path).name}.h5ad", *common)
     first, second = ad.read_h5ad("last.ckpt.h5ad"), ad.read_h5ad("shared.h5ad")
     assert (values(first) == values(second)).all()
-    loaded.guidance = 2
+    loaded.sampler = replace(loaded.sampler, guidance=2)
     assert (values(loaded.sample(conditions, n=8)) == values(first)).all()
 
 

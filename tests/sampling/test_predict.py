@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from builders import model_settings
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -39,9 +40,10 @@ TINY_PRIMEFLOW = [
     "model.network.width=32",
     "model.network.depth=1",
     "model.network.embedding_width=16",
-    "model.solver.method=midpoint",
-    "model.solver.steps=2",
-    "model.cells_per_condition=40",
+    "model.sampler.solver.method=midpoint",
+    "model.sampler.detection_limit=learned",
+    "model.sampler.solver.steps=2",
+    "model.sampler.cells_per_condition=40",
     "seed=3",
 ]
 PAIRS = [(line, label) for line in ("alpha", "beta", "gamma") for label in ("G0", "G0+G7", "control", "G2+G3")]
@@ -143,7 +145,7 @@ def test_bits_depend_on_neither_order_nor_company_nor_the_kind_of_file(run, tmp_
     )
     assert_same_bits(by_condition(*folder.glob("*.h5ad")), first)
     table = write_table(tmp_path, PAIRS[3:5], n_cells=[2, 40])
-    file, _ = predict(last(run), table, tmp_path / "two.h5ad", "model.sample_batch_size=1")
+    file, _ = predict(last(run), table, tmp_path / "two.h5ad", "model.sampler.sample_batch_size=1")
     some = by_condition(file)
     assert_same_bits({PAIRS[4]: some[PAIRS[4]][:33]}, {PAIRS[4]: first[PAIRS[4]]})
     assert_same_bits({PAIRS[3]: some[PAIRS[3]]}, {PAIRS[3]: first[PAIRS[3]][:2]})
@@ -151,7 +153,7 @@ def test_bits_depend_on_neither_order_nor_company_nor_the_kind_of_file(run, tmp_
 
 @pytest.mark.parametrize(
     "override",
-    ["model.guidance=3", "model.solver.method=euler", "model.solver.steps=5", "model.detection_limit=none", "seed=4"],
+    ["model.sampler.guidance=3", "model.sampler.solver.method=euler", "model.sampler.solver.steps=5", "model.sampler.detection_limit=none", "seed=4"],
 )
 def test_settings_of_sampling_can_be_changed(run, tmp_path, override):
     table = write_table(tmp_path, PAIRS[:2])
@@ -211,7 +213,7 @@ def test_an_interrupted_folder_is_finished_by_the_same_command(run, tmp_path, mo
     _, said = predict(last(run), table, folder, *settings)
     assert "12 of 12 conditions" in said
     assert sum(generated) == 22
-    _, said = predict(last(run), table, folder, *settings, "model.guidance=2")
+    _, said = predict(last(run), table, folder, *settings, "model.sampler.guidance=2")
     assert "earlier run" not in said
     assert generated[-1] == 12
 
@@ -274,7 +276,7 @@ def save_checkpoint(folder, **settings):
         "solver": ODESolver("midpoint", steps=2),
         "detection_limit": None,
     }
-    model = PRiMeFlow(**{**given, **settings})
+    model = PRiMeFlow(**model_settings(**{**given, **settings}))
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(model)
     path = folder / "checkpoints" / "last.ckpt"
@@ -303,7 +305,7 @@ def test_embeddings_are_read_again_and_reach_perturbations_that_training_lacked(
     table = table_of(tmp_path, "G0+NEW", "control")
     file, _ = predict(path, table, tmp_path / "out", "n_cells=3", "precision=32-true", given)
     vectors = torch.tensor(np.stack([embeddings.loc["G0"] + embeddings.loc["NEW"], np.zeros(4, dtype=np.float32)]))
-    condition = model.encoder(vectors, {"line": torch.tensor([[0.0, 1.0]] * 2)}).repeat_interleave(3, dim=0)
+    condition = model.encoder(vectors, {"line": torch.tensor([[0.0, 1.0]] * 2)})[torch.arange(2).repeat_interleave(3)]
     np.testing.assert_array_equal(dense(ad.read_h5ad(file)), model.generate(condition))
     settings = {"data": {"data_iter_factory": {"perturbation_embeddings_path": str(tmp_path / "embeddings.parquet")}}}
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "config.yaml")
@@ -336,10 +338,10 @@ def test_bad_input_is_refused_before_anything_is_written(run, tmp_path):
     assert "NOVEL1" in refused(last(run), unseen, out)
     assert "there is no table of conditions" in refused(last(run), tmp_path / "absent.csv", out)
     assert "give a folder" in refused(last(run), table, f"{out}.h5ad", "per_condition=true")
-    assert "unknown solver 'leapfrog'" in refused(last(run), table, out, "model.solver.method=leapfrog")
-    assert "unexpected keyword argument 'step'" in refused(last(run), table, out, "+model.solver.step=3")
+    assert "unknown solver 'leapfrog'" in refused(last(run), table, out, "model.sampler.solver.method=leapfrog")
+    assert "unexpected keyword argument 'step'" in refused(last(run), table, out, "+model.sampler.solver.step=3")
     assert "cannot change model.lr" in refused(last(run), table, out, "+model.lr=1")
-    assert "guidance must be at least 0" in refused(last(run), table, out, "model.guidance=-1")
+    assert "guidance must be at least 0" in refused(last(run), table, out, "model.sampler.guidance=-1")
     assert "n_cells must be a positive whole number" in refused(last(run), table, out, "n_cells=0")
     assert "precision 64-true" in refused(last(run), table, out, "precision=64-true")
     assert "accelerator 'abacus'" in refused(last(run), table, out, "accelerator=abacus")

@@ -1,25 +1,28 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.solver import ODESolver
-from primeflow_perturbench.sampling import sampler as generation
+from primeflow_perturbench.sampling import sampler as sampler_module
 from primeflow_perturbench.sampling.batch_size import TILE, BatchSize
-from primeflow_perturbench.sampling.sampler import CellGenerator, condition_generator, group_rows
+from primeflow_perturbench.sampling.sampler import Sampler, condition_generator, gather
 from primeflow_perturbench.sampling.transfer import HostCopy
 
 N_GENES, WIDTH = 5, 3
+# Flat vectors: two perturbations and the null flag.
 NULL = torch.tensor([0.0, 0.0, 1.0])
-A, B, C = torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]), torch.tensor([1.0, 1.0, 0])
+VECTORS = {"A": torch.tensor([1.0, 0, 0]), "B": torch.tensor([0, 1.0, 0]), "C": torch.tensor([1.0, 1.0, 0])}
 MIDPOINT, DOPRI5 = ODESolver("midpoint", steps=4), ODESolver("dopri5")
 SOLVERS = pytest.mark.parametrize("solver", [MIDPOINT, DOPRI5], ids=["midpoint", "dopri5"])
 
 
 class Network:
-    """A fixed nonlinear velocity that keeps how many rows each call had."""
+    """A fixed nonlinear velocity that records the number of rows of each call."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -33,30 +36,42 @@ class Network:
             return 3 * self.layers(torch.cat([x, t[:, None], condition], dim=1))
 
 
-class SharedForwards(CellGenerator):
-    """Several tiles in a forward, as on an accelerator."""
+class SharedPasses(Sampler):
+    """Several tiles share a forward pass, as on an accelerator."""
 
-    def _alone(self, device):
-        return False
+    def _together(self, condition):
+        if self.batch_size.tiles is None:
+            self.batch_size.measure(lambda: self._evaluate_tile(condition), torch.device("cuda"))
+        return self.batch_size.tiles
+
+
+def conditions(vectors):
+    return Condition.from_vector(vectors, 2)
 
 
 def repeated(**cells):
-    """Condition vectors, so many of each named one."""
-    return torch.cat([globals()[name].repeat(n, 1) for name, n in cells.items()])
+    """Conditions: each name as often as its number says."""
+    return conditions(torch.cat([VECTORS[name].repeat(n, 1) for name, n in cells.items()]))
 
 
-def generator_of(kind=CellGenerator, network=None, solver=MIDPOINT, sample_batch_size=256, **settings):
+def sampler_of(kind=Sampler, network=None, solver=MIDPOINT, sample_batch_size=256, **settings):
     batch_size = BatchSize(sample_batch_size)
-    return kind(network or Network(), N_GENES, NULL, solver, batch_size=batch_size, **settings)
+    null = conditions(NULL[None])
+    return kind(network or Network(), Condition.vector, N_GENES, null, solver, batch_size=batch_size, **settings)
 
 
-def generated(condition, *settings, **more):
-    return generator_of(*settings, **more).generate(condition)
+def cells_of(sampler, condition, **finish):
+    """Cells of a sampler, one for each row of the conditions."""
+    return gather(condition, N_GENES, lambda *requested: sampler.stream(*requested, **finish))
+
+
+def generated(condition, kind=Sampler, network=None, **settings):
+    return cells_of(sampler_of(kind, network, **settings), condition)
 
 
 def noise(condition, seed=0):
-    """Cells of a velocity of zero, which are the noise that they start from."""
-    return CellGenerator(lambda x, t, c: torch.zeros_like(x), N_GENES, NULL, MIDPOINT, seed=seed).generate(condition)
+    """Cells of a zero velocity: the noise at which they start."""
+    return generated(condition, network=lambda x, t, c: torch.zeros_like(x), seed=seed)
 
 
 @SOLVERS
@@ -79,14 +94,14 @@ def test_the_order_of_conditions_changes_no_bit(solver):
     mixed = torch.randperm(65, generator=torch.Generator().manual_seed(0))
     condition = repeated(A=40, B=5, C=20)[mixed]
     cells = generated(condition, solver=solver)
-    for vector, start, n in ((A, 0, 40), (B, 40, 5), (C, 45, 20)):
-        rows = (condition == vector).all(dim=1)
+    for name, start, n in (("A", 0, 40), ("B", 40, 5), ("C", 45, 20)):
+        rows = (condition.vector() == VECTORS[name]).all(dim=1)
         assert torch.equal(cells[rows], ordered[start : start + n])
 
 
 @SOLVERS
 @pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 40])
-def test_fewer_cells_are_the_first_of_more(solver, n):
+def test_a_smaller_request_gets_the_first_cells_of_a_larger_one(solver, n):
     assert torch.equal(generated(repeated(A=n), solver=solver), generated(repeated(A=70), solver=solver)[:n])
 
 
@@ -97,7 +112,7 @@ def test_other_conditions_in_the_call_change_no_bit(solver):
     assert torch.equal(together, apart)
 
 
-def test_another_seed_and_another_condition_give_other_noise():
+def test_seeds_and_conditions_have_independent_noise():
     first = noise(repeated(A=40))
     assert torch.equal(first, noise(repeated(A=40)))
     assert not torch.isclose(first, noise(repeated(A=40), seed=1)).any()
@@ -122,35 +137,37 @@ def test_sampling_leaves_the_global_state_alone():
 
 
 def test_a_negative_zero_is_the_same_condition():
-    """Sums of embeddings give -0.0 or 0.0 as the arithmetic happens to fall."""
-    negative = torch.tensor([[1.0, -0.0, 0.0], [1.0, 0.0, 0.0]])
+    """Sums of embeddings give -0.0 or 0.0, depending on the order of additions."""
+    negative = conditions(torch.tensor([[1.0, -0.0, 0.0], [1.0, 0.0, 0.0]]))
     assert torch.equal(generated(negative), generated(repeated(A=2)))
-    assert len(group_rows(negative)) == 1
-    states = [condition_generator(0, vector).get_state() for vector in negative]
-    assert torch.equal(*states)
+    assert torch.equal(*(condition_generator(0, key).get_state() for key in negative.row_keys()))
 
 
-def test_rows_are_grouped_in_order_of_first_appearance():
-    condition = torch.stack([B, A, B, C, A])
-    groups = group_rows(condition)
-    assert [rows.tolist() for _, rows in groups] == [[0, 2], [1, 4], [3]]
-    for (vector, _), expected in zip(groups, (B, A, C), strict=True):
-        assert torch.equal(vector, expected)
+def test_gather_asks_once_for_each_condition_in_order_of_first_appearance():
+    asked = []
+
+    def stream(condition, counts):
+        asked.append((condition.vector().tolist(), counts))
+        yield from ((row, 0, torch.full((n, N_GENES), float(row))) for row, n in enumerate(counts))
+
+    cells = gather(conditions(torch.stack([VECTORS[name] for name in "BABCA"])), N_GENES, stream)
+    assert asked == [([VECTORS[name].tolist() for name in "BAC"], [2, 2, 1])]
+    assert cells[:, 0].tolist() == [0, 1, 0, 2, 1]
 
 
 @pytest.mark.parametrize(("guidance", "factor"), [(1.0, 1), (3.0, 2), (0.0, 1)])
 @pytest.mark.parametrize("sample_batch_size", [1, 32, 70, 128])
-@pytest.mark.parametrize("kind", [CellGenerator, SharedForwards])
-def test_the_velocity_never_sees_more_rows_than_allowed(kind, guidance, factor, sample_batch_size):
+@pytest.mark.parametrize("kind", [Sampler, SharedPasses])
+def test_a_pass_has_at_most_the_allowed_number_of_rows(kind, guidance, factor, sample_batch_size):
     network = Network()
     generated(repeated(A=200, B=5), kind, network, guidance=guidance, sample_batch_size=sample_batch_size)
     most = max(TILE, sample_batch_size)
     assert max(network.rows) <= factor * most
-    assert max(network.rows) == factor * (TILE if kind is CellGenerator else TILE * (most // TILE))
+    assert max(network.rows) == factor * (TILE if kind is Sampler else TILE * (most // TILE))
 
 
 @SOLVERS
-def test_the_condition_is_evaluated_as_often_as_the_solver_says(solver):
+def test_the_velocity_is_evaluated_as_often_as_the_solver_declares(solver):
     network = Network()
     generated(repeated(A=40, B=5), network=network, solver=solver)
     if solver.evaluations:
@@ -160,75 +177,73 @@ def test_the_condition_is_evaluated_as_often_as_the_solver_says(solver):
 
 @pytest.mark.parametrize("sample_batch_size", [1, 64, 512])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_tiles_that_share_a_forward_agree_to_rounding(sample_batch_size, guidance):
+def test_tiles_that_share_a_pass_agree_to_rounding(sample_batch_size, guidance):
     condition = repeated(A=40, B=5, C=70)
-    shared = generated(condition, SharedForwards, guidance=guidance, sample_batch_size=sample_batch_size)
+    shared = generated(condition, SharedPasses, guidance=guidance, sample_batch_size=sample_batch_size)
     alone = generated(condition, guidance=guidance)
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
     assert alone.std() > 0.1
 
 
-def test_several_tiles_of_several_conditions_are_batched_in_full():
+def test_tiles_of_several_conditions_fill_a_pass():
     network = Network()
-    generated(repeated(A=40, B=5, C=70), SharedForwards, network, sample_batch_size=100)
+    generated(repeated(A=40, B=5, C=70), SharedPasses, network, sample_batch_size=100)
     assert network.rows == [3 * TILE] * 2 * MIDPOINT.evaluations
 
 
-def test_tiles_share_a_forward_on_an_accelerator_unless_the_solver_is_adaptive():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert generator_of(sample_batch_size=100)._together(gpu) == 3
-    assert generator_of(sample_batch_size=100)._together(cpu) == 1
-    assert generator_of(solver=DOPRI5, sample_batch_size=100)._together(gpu) == 1
+def test_tiles_share_a_pass_on_an_accelerator_unless_the_solver_is_adaptive():
+    gpu = SimpleNamespace(is_null=SimpleNamespace(device=torch.device("cuda")))
+    assert sampler_of(sample_batch_size=100)._together(gpu) == 3
+    assert sampler_of(sample_batch_size=100)._together(repeated(A=1)) == 1
+    assert sampler_of(solver=DOPRI5, sample_batch_size=100)._together(gpu) == 1
 
 
 def test_a_velocity_towards_a_mean_gives_the_closed_form():
     """dx/dt = mu_c - x from noise gives x(1) = mu_c + (x(0) - mu_c) / e, for each condition its own mu_c."""
     means = torch.randn(WIDTH, N_GENES, generator=torch.Generator().manual_seed(0))
     condition = repeated(A=40, B=5, C=20)
-    x_0, mu = noise(condition, seed=4), condition @ means
-    generator = CellGenerator(lambda x, t, c: c @ means - x, N_GENES, NULL, ODESolver("rk4", 20), seed=4)
-    cells = generator.generate(condition)
+    x_0, mu = noise(condition, seed=4), condition.vector() @ means
+    cells = generated(condition, network=lambda x, t, c: c @ means - x, solver=ODESolver("midpoint", 300), seed=4)
     torch.testing.assert_close(cells, mu + (x_0 - mu) * torch.exp(torch.tensor(-1.0)), rtol=1e-5, atol=1e-5)
     assert (cells - x_0).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
-def test_guidance_moves_the_mean_by_its_strength(w):
+def test_guidance_shifts_the_mean_by_its_strength(w):
     """With v = c A, guided cells are x(0) + (null + w (c - null)) A."""
     means = torch.randn(WIDTH, N_GENES, generator=torch.Generator().manual_seed(0))
     condition = repeated(A=40, C=3)
-    generator = CellGenerator(lambda x, t, c: c @ means, N_GENES, NULL, MIDPOINT, guidance=w)
-    expected = noise(condition) + (NULL + w * (condition - NULL)) @ means
-    torch.testing.assert_close(generator.generate(condition), expected, rtol=1e-5, atol=1e-5)
+    expected = noise(condition) + (NULL + w * (condition.vector() - NULL)) @ means
+    cells = generated(condition, network=lambda x, t, c: c @ means, guidance=w)
+    torch.testing.assert_close(cells, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_finish_is_applied_to_every_cell():
     condition = repeated(A=40, B=5)
-    generator = CellGenerator(Network(), N_GENES, NULL, MIDPOINT)
-    plain = generator.generate(condition)
-    assert torch.equal(generator.generate(condition, finish=lambda x: 2 * x + 1), 2 * plain + 1)
+    finished = cells_of(sampler_of(), condition, finish=lambda x: 2 * x + 1)
+    assert torch.equal(finished, 2 * generated(condition) + 1)
 
 
-def test_no_cells_asked_for_are_none():
+def test_a_request_for_no_cells_computes_nothing():
     network = Network()
-    assert generated(torch.empty(0, WIDTH), network=network).shape == (0, N_GENES)
+    assert generated(repeated(A=0), network=network).shape == (0, N_GENES)
     assert network.rows == []
 
 
-def test_a_negative_guidance_is_refused():
+def test_a_negative_guidance_is_an_error():
     with pytest.raises(ValueError, match="guidance must be at least 0, got -1"):
-        CellGenerator(Network(), N_GENES, NULL, MIDPOINT, guidance=-1)
+        generated(repeated(A=1), guidance=-1)
 
 
 # --- streams
 
 
-def streamed(names, counts, kind=CellGenerator, **settings):
+def streamed(names, counts, kind=Sampler, **settings):
     """Cells by name of a stream of named conditions, checked to come in order and without a gap."""
-    condition = torch.stack([globals()[name] for name in names])
+    condition = conditions(torch.stack([VECTORS[name] for name in names]))
     cells = {name: torch.empty(0, N_GENES) for name in names}
     last = 0
-    for row, first, block in generator_of(kind, **settings).stream(condition, counts):
+    for row, first, block in sampler_of(kind, **settings).stream(condition, counts):
         assert row >= last
         assert first == len(cells[names[row]])
         cells[names[row]] = torch.cat([cells[names[row]], block])
@@ -240,14 +255,14 @@ def streamed(names, counts, kind=CellGenerator, **settings):
 @SOLVERS
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("sample_batch_size", [1, 512])
-def test_a_stream_has_the_bits_of_generate(solver, guidance, sample_batch_size):
+def test_a_stream_has_the_bits_of_gathered_cells(solver, guidance, sample_batch_size):
     settings = {"solver": solver, "guidance": guidance, "sample_batch_size": sample_batch_size}
     cells = streamed("ABC", [40, 5, 70], **settings)
     assert torch.equal(torch.cat(list(cells.values())), generated(repeated(A=40, B=5, C=70), **settings))
 
 
 @SOLVERS
-def test_a_stream_depends_on_neither_order_nor_counts_nor_company(solver):
+def test_a_streamed_cell_depends_on_neither_order_nor_counts_nor_other_conditions(solver):
     first, turned = streamed("ABC", [40, 5, 70], solver=solver), streamed("CAB", [33, 64, 1], solver=solver)
     for name, n in {"A": 40, "B": 1, "C": 33}.items():
         assert torch.equal(first[name][:n], turned[name][:n])
@@ -255,90 +270,62 @@ def test_a_stream_depends_on_neither_order_nor_counts_nor_company(solver):
     assert not torch.equal(first["A"][:5], first["B"])
 
 
-def test_a_stream_of_shared_forwards_is_in_order_and_agrees_to_rounding():
-    shared = streamed("ABC", [40, 5, 70], SharedForwards, sample_batch_size=100)
+def test_a_stream_of_shared_passes_is_in_order_and_agrees_to_rounding():
+    shared = streamed("ABC", [40, 5, 70], SharedPasses, sample_batch_size=100)
     for name, cells in streamed("ABC", [40, 5, 70]).items():
         torch.testing.assert_close(shared[name], cells, rtol=1e-5, atol=1e-5)
 
 
 def test_a_stream_computes_only_what_is_taken_from_it():
     network = Network()
-    blocks = CellGenerator(network, N_GENES, NULL, MIDPOINT).stream(torch.stack([A, B]), [10**9, 1])
+    blocks = sampler_of(network=network).stream(repeated(A=1, B=1), [10**9, 1])
     assert network.rows == []
     _, _, cells = next(blocks)
     assert len(cells) == TILE
     assert len(network.rows) == MIDPOINT.evaluations
 
 
-def test_a_row_of_no_cells_is_passed_over():
+def test_a_row_without_cells_is_skipped():
     assert len(streamed("ABC", [3, 0, 2])["B"]) == 0
 
 
 def test_a_stream_needs_a_count_for_every_row():
     with pytest.raises(ValueError, match="shorter"):
-        list(CellGenerator(Network(), N_GENES, NULL, MIDPOINT).stream(torch.stack([A, B]), [1]))
+        list(sampler_of().stream(repeated(A=1, B=1), [1]))
 
 
-# --- guidance within an interval of t
-
-
-def test_guidance_within_an_interval_moves_the_mean_by_its_share_of_the_time():
-    """With v = c A, cells guided from 0.25 to 0.75 are x(0) + (c + (w - 1) (c - null) / 2) A."""
-    means = torch.randn(WIDTH, N_GENES, generator=torch.Generator().manual_seed(0))
-    condition = repeated(A=40, C=3)
-    settings = {"guidance": 3.0, "guidance_interval": (0.25, 0.75)}
-    generator = CellGenerator(lambda x, t, c: c @ means, N_GENES, NULL, MIDPOINT, **settings)
-    expected = noise(condition) + (condition + (condition - NULL)) @ means
-    torch.testing.assert_close(generator.generate(condition), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_steps_outside_the_interval_cost_a_forward_of_plain_rows():
-    network = Network()
-    generated(repeated(A=5), network=network, guidance=3.0, guidance_interval=(0.25, 0.5))
-    assert network.rows == [TILE] * 2 + [2 * TILE] * 2 + [TILE] * 4
-
-
-def test_guidance_at_all_times_changes_no_bit():
-    condition = repeated(A=40, B=5)
-    always = generated(condition, guidance=3.0, guidance_interval=(0.0, 1.0))
-    assert torch.equal(always, generated(condition, guidance=3.0))
-    never = generated(condition, guidance=3.0, guidance_interval=(0.5, 0.5))
-    assert torch.equal(never, generated(condition))
-    assert not torch.equal(always, never)
-
-
-# --- memory that is too little
+# --- too little memory
 
 
 class SmallDevice(Network):
-    """A velocity that runs out of memory beyond so many rows."""
+    """A velocity that runs out of memory beyond ``most`` rows."""
 
     def __init__(self, most):
         super().__init__()
-        self.most, self.refused = most, []
+        self.most, self.failed = most, []
 
     def __call__(self, x, t, condition):
         if len(x) > self.most:
-            self.refused.append(len(x))
+            self.failed.append(len(x))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().__call__(x, t, condition)
 
 
-def test_a_forward_that_is_too_large_is_halved_until_it_fits_and_stays_so(caplog):
+def test_a_pass_that_is_too_large_is_halved_until_it_fits_and_stays_halved(caplog):
     condition, network = repeated(A=300, B=5, C=300), SmallDevice(3 * TILE)
-    generator = generator_of(SharedForwards, network, sample_batch_size=16 * TILE)
+    sampler = sampler_of(SharedPasses, network, sample_batch_size=16 * TILE)
     with caplog.at_level(logging.WARNING):
-        cells = generator.generate(condition)
-    assert network.refused == [16 * TILE, 8 * TILE, 4 * TILE]
+        cells = cells_of(sampler, condition)
+    assert network.failed == [16 * TILE, 8 * TILE, 4 * TILE]
     assert set(network.rows) == {2 * TILE, TILE}
     torch.testing.assert_close(cells, generated(condition), rtol=1e-5, atol=1e-5)
     assert len(caplog.records) == 1
     assert "too little memory for 512 cells in a forward; going on with 256" in caplog.text
-    generator.generate(condition)
-    assert len(network.refused) == 3
+    cells_of(sampler, condition)
+    assert len(network.failed) == 3
 
 
-def test_memory_that_runs_out_in_the_midst_of_a_batch_repeats_it():
+def test_a_batch_that_runs_out_of_memory_halfway_is_repeated():
     """The second evaluation of the second batch fails once; no cell is lost, doubled or changed."""
 
     class OnceFull(Network):
@@ -351,18 +338,18 @@ def test_memory_that_runs_out_in_the_midst_of_a_batch_repeats_it():
             return super().__call__(x, t, condition)
 
     condition, network = repeated(A=200, B=5), OnceFull()
-    cells = generated(condition, SharedForwards, network, sample_batch_size=2 * TILE)
+    cells = generated(condition, SharedPasses, network, sample_batch_size=2 * TILE)
     assert network.failed
     torch.testing.assert_close(cells, generated(condition), rtol=1e-5, atol=1e-5)
     assert len(cells.unique(dim=0)) == 205
 
 
-def test_one_tile_that_does_not_fit_is_an_error_of_one_sentence():
+def test_a_tile_that_does_not_fit_is_an_input_error():
     with pytest.raises(InputError, match="too little memory to generate 32 cells, .*; free its memory, take a smaller"):
-        generated(repeated(A=200), SharedForwards, SmallDevice(TILE - 1), sample_batch_size=128)
+        generated(repeated(A=200), SharedPasses, SmallDevice(TILE - 1), sample_batch_size=128)
 
 
-def test_other_errors_of_the_network_are_not_taken_for_memory():
+def test_other_errors_of_the_network_are_raised():
     def broken(x, t, condition):
         raise RuntimeError("shapes do not fit")
 
@@ -370,17 +357,17 @@ def test_other_errors_of_the_network_are_not_taken_for_memory():
         generated(repeated(A=5), network=broken)
 
 
-# --- copies to the CPU that hold up nobody
+# --- computing ahead of the copies to the CPU
 
 
-class Ahead(SharedForwards):
-    """A batch is launched before the one before it is waited for, as on a GPU."""
+class Ahead(SharedPasses):
+    """A batch is launched before the previous one is finished, as on a GPU."""
 
     def _ahead(self, device):
         return True
 
 
-def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(monkeypatch):
+def test_the_next_batch_is_launched_before_the_previous_one_is_waited_for(monkeypatch):
     events = []
 
     class Logged(HostCopy):
@@ -393,26 +380,26 @@ def test_the_next_batch_is_launched_before_the_last_one_is_waited_for(monkeypatc
             events.append(f"wait {self.number}")
             return super().wait()
 
-    monkeypatch.setattr(generation, "HostCopy", Logged)
+    monkeypatch.setattr(sampler_module, "HostCopy", Logged)
     cells = generated(repeated(A=5 * TILE), Ahead, sample_batch_size=2 * TILE)
     assert events == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
     events.clear()
-    assert torch.equal(cells, generated(repeated(A=5 * TILE), SharedForwards, sample_batch_size=2 * TILE))
+    assert torch.equal(cells, generated(repeated(A=5 * TILE), SharedPasses, sample_batch_size=2 * TILE))
     assert events == ["launch 0", "wait 0", "launch 1", "wait 1", "launch 2", "wait 2"]
 
 
-def test_a_stream_that_runs_ahead_is_in_order_and_loses_nothing():
+def test_a_stream_that_computes_ahead_is_in_order_and_complete():
     ahead = streamed("ABC", [40, 5, 70], Ahead, sample_batch_size=64)
-    for name, cells in streamed("ABC", [40, 5, 70], SharedForwards, sample_batch_size=64).items():
+    for name, cells in streamed("ABC", [40, 5, 70], SharedPasses, sample_batch_size=64).items():
         assert torch.equal(ahead[name], cells)
 
 
-def test_only_a_gpu_runs_ahead():
-    assert generator_of()._ahead(torch.device("cuda"))
-    assert not generator_of()._ahead(torch.device("cpu"))
+def test_only_a_gpu_computes_ahead():
+    assert sampler_of()._ahead(torch.device("cuda"))
+    assert not sampler_of()._ahead(torch.device("cpu"))
 
 
-# --- a measured size
+# --- measured batch size
 
 
 def test_auto_measures_one_tile_with_guidance_before_the_first_batch(monkeypatch):
@@ -423,8 +410,7 @@ def test_auto_measures_one_tile_with_guidance_before_the_first_batch(monkeypatch
         self.tiles = 3
 
     monkeypatch.setattr(BatchSize, "measure", three)
-    generator = generator_of(SharedForwards, network, guidance=3.0, sample_batch_size="auto")
-    cells = generator.generate(repeated(A=6 * TILE))
+    cells = generated(repeated(A=6 * TILE), SharedPasses, network, guidance=3.0, sample_batch_size="auto")
     assert network.rows == [2 * TILE] + [6 * TILE] * 2 * MIDPOINT.evaluations
     torch.testing.assert_close(cells, generated(repeated(A=6 * TILE), guidance=3.0), rtol=1e-5, atol=1e-5)
 

@@ -57,16 +57,16 @@ def fates(**by_seed: str) -> str:
 def test_an_ablation_sweeps_its_values_and_the_command_line_its_own():
     guidance, precondition = plan(["ablation=guidance,precondition", "seed=3,4", DATA])
     assert (guidance.name, precondition.name) == ("ablation/guidance", "ablation/precondition")
-    assert "model.guidance=1,2,3,4,5" in guidance.overrides
+    assert "model.sampler.guidance=1,2,3,4,5" in guidance.overrides
     assert {"seed=3,4", DATA} <= set(guidance.overrides) & set(precondition.overrides)
-    assert guidance.varied == ("model.guidance", "seed")
+    assert guidance.varied == ("model.sampler.guidance", "seed")
     assert guidance.question.startswith("How much recall")
 
 
 def test_values_on_the_command_line_replace_those_of_an_ablation():
-    (guidance,) = plan(["ablation=guidance", "model.guidance=1.5,7", DATA])
-    assert "model.guidance=1.5,7" in guidance.overrides
-    assert "model.guidance=1,2,3,4,5" not in guidance.overrides
+    (guidance,) = plan(["ablation=guidance", "model.sampler.guidance=1.5,7", DATA])
+    assert "model.sampler.guidance=1.5,7" in guidance.overrides
+    assert "model.sampler.guidance=1,2,3,4,5" not in guidance.overrides
 
 
 def test_the_suite_runs_every_ablation_that_needs_no_further_file_at_its_own_size():
@@ -80,7 +80,7 @@ def test_the_suite_runs_every_ablation_that_needs_no_further_file_at_its_own_siz
 def test_a_leaderboard_varies_guidance_only_for_models_that_have_it():
     multiruns = plan(["experiment=leaderboard/norman19"])
     assert {each.name for each in multiruns} == {"leaderboard/norman19"}
-    assert [each.varied for each in multiruns] == [("model", "model.guidance"), ("model", "model.guidance"), ("model",)]
+    assert [each.varied for each in multiruns] == [("model", "model.sampler.guidance"), ("model", "model.sampler.guidance"), ("model",)]
     assert "data=norman19" in multiruns[2].overrides
 
 
@@ -112,14 +112,14 @@ def test_wrong_overrides_are_reported_before_a_trial_runs(overrides, message):
 
 
 def test_the_label_of_a_trial_shows_what_was_swept():
-    swept = {"model": "primeflow_fast", "model.guidance": 2, "model/network": "mlp"}
+    swept = {"model": "primeflow_fast", "model.sampler.guidance": 2, "model/network": "mlp"}
     assert label_of(swept) == "primeflow_fast, guidance=2, network=mlp"
     assert label_of({"model.lr": 0.00010762751359}) == "lr=0.000107628"
-    assert label_of({"model.solver": {"method": "euler", "steps": 20}}) == "method=euler, steps=20"
+    assert label_of({"model.sampler.solver": {"method": "euler", "steps": 20}}) == "method=euler, steps=20"
 
 
 def test_a_failed_trial_is_recorded_and_only_it_is_run_again(cheap, tmp_path):
-    command_line = ["ablation=precondition", "model.precondition=true", "seed=0,1,2", fates(seed1="fails")]
+    command_line = ["ablation=precondition", "model.objective.precondition=true", "seed=0,1,2", fates(seed1="fails")]
     assert cheap(*command_line) == 1
     ended = records(tmp_path / "ablation" / "precondition")
     assert [ended[seed]["status"] for seed in (0, 1, 2)] == ["finished", "failed", "finished"]
@@ -129,7 +129,7 @@ def test_a_failed_trial_is_recorded_and_only_it_is_run_again(cheap, tmp_path):
         "question": "Does it help if the network learns only what a Gaussian of each gene does not explain?",
         "label": "precondition=True",
         "seed": 2,
-        "overrides": {"model.precondition": True},
+        "overrides": {"model.objective.precondition": True},
         "command": ended[2]["command"],
         "attempts": 1,
         "status": "finished",

@@ -31,10 +31,10 @@ SETTINGS = [
     "model.network.width=24",
     "model.network.depth=2",
     "model.network.embedding_width=8",
-    "model.calibrate=marginals",
-    "model.calibration_cells=10",
-    "model.cells_per_condition=10",
-    "model.solver.steps=2",
+    "model.sampler.calibrate=marginals",
+    "model.sampler.calibration_cells=10",
+    "model.sampler.cells_per_condition=10",
+    "model.sampler.solver.steps=2",
     "model.lr=0.02",
     "model.lr_scheduler.conf.warmup_steps=2",
     "data.evaluation.evaluation_pipelines=[{aggregation: average, metric: rmse, rank: false}]",
@@ -182,10 +182,10 @@ def test_two_processes_learn_from_an_atlas_what_one_process_learns(tmp_path):
         "data=atlas",
         f"data.data.filename={manifest}",
         "data.block_size=16",
-        "model.calibrate=none",
+        "model.sampler.calibrate=none",
         "references=[]",
     ]
-    settings = [*data, *(setting for setting in SETTINGS if not setting.startswith(("data", "model.calibrate")))]
+    settings = [*data, *(setting for setting in SETTINGS if not setting.startswith(("data", "model.sampler.calibrate")))]
     one, two = tmp_path / "one", tmp_path / "two"
     given = ["test=false", f"paths.output_dir={one}", "run_name=test"]
     train(compose("data.loader.batch_size=64", *given, settings=settings))

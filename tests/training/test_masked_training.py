@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from primeflow_perturbench.data.atlas.cells import open_atlas
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.expression.detection_limit import ExpressionSurvey, learn_detection_limit
-from primeflow_perturbench.expression.space import GeneSpace
+from primeflow_perturbench.expression.detection_limit import learn_detection_limit
+from primeflow_perturbench.expression.statistics import ExpressionStatistics
 from primeflow_perturbench.expression.unmeasured import fill_unmeasured
 from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.path import PathSample
@@ -140,34 +140,27 @@ def test_with_everything_measured_the_loss_is_the_plain_one_and_with_nothing_it_
     assert (gradient == 0).all()
 
 
-def test_the_survey_takes_means_and_deviations_over_the_cells_that_have_a_gene():
+def test_statistics_take_means_and_deviations_over_the_cells_that_have_a_gene():
     values = random(50, 5).abs().double()
     values[:20, 1], values[30:, 2], values[:, 3] = torch.nan, torch.nan, torch.nan
-    survey, parts = ExpressionSurvey(unmeasured_are_nan=True), [ExpressionSurvey(unmeasured_are_nan=True) for _ in "ab"]
-    survey.add(values)
+    statistics, parts = ExpressionStatistics(unmeasured_are_nan=True), [ExpressionStatistics(unmeasured_are_nan=True) for _ in "ab"]
+    statistics.add(values)
     for part, rows in zip(parts, values.split([7, 43]), strict=True):
         part.add(rows)
     seen = values[:, [0, 1, 2, 4]].numpy()
-    for found in (survey, ExpressionSurvey.of_all(parts)):
+    for found in (statistics, ExpressionStatistics.merge(parts)):
         np.testing.assert_allclose(found.mean[[0, 1, 2, 4]], np.nanmean(seen, 0))
         np.testing.assert_allclose(found.std[[0, 1, 2, 4]], np.nanstd(seen, 0), rtol=1e-6)
         assert (found.mean[3], found.std[3], found.not_finite, found.cells) == (0, 0, 0, 50)
         assert found.histogram.sum() == np.isfinite(seen).sum()
     limit = 0.5 * np.quantile(seen[np.isfinite(seen)], 0.1)
-    assert learn_detection_limit(survey) == pytest.approx(limit, abs=0.01)
+    assert learn_detection_limit(statistics) == pytest.approx(limit, abs=0.01)
     values[0, 0] = torch.inf
-    survey.add(values)
-    assert survey.not_finite == 1
-    strict = ExpressionSurvey()
+    statistics.add(values)
+    assert statistics.not_finite == 1
+    strict = ExpressionStatistics()
     strict.add(values)
     assert strict.not_finite == 1 + int(values.isnan().sum())
-
-
-def test_statistics_of_a_space_with_a_gap_leave_out_what_was_not_measured():
-    cells = torch.tensor([[0.0, torch.nan, 2.0], [1.0, torch.nan, 4.0], [torch.nan, torch.nan, 0.0]])
-    mean, std = GeneSpace(3, zero_gap=1.0).statistics(ExpressionSurvey(), cells)
-    torch.testing.assert_close(mean, torch.tensor([0.0, 0.0, 5 / 3]))
-    torch.testing.assert_close(std, torch.tensor([1.0, 0.0, float(np.std([2, 4, -1]))]))
 
 
 def test_gaps_are_filled_with_the_means_of_genes():
@@ -183,7 +176,7 @@ def unbroken(manifest, tmp_path_factory) -> tuple[Path, dict]:
     return folder, run(manifest, folder)
 
 
-def test_what_is_learnt_without_gradients_is_of_measured_values(manifest, unbroken):
+def test_what_is_learned_without_gradients_is_of_measured_values(manifest, unbroken):
     model, module = unbroken[1]["model"], unbroken[1]["datamodule"]
     torch.manual_seed(0)
     drawn = [name for batch in module.train_dataloader() for name in batch.id]
@@ -193,7 +186,7 @@ def test_what_is_learnt_without_gradients_is_of_measured_values(manifest, unbrok
     np.testing.assert_allclose(model.network.mean, np.nanmean(cells, 0), rtol=1e-5)
     np.testing.assert_allclose(model.network.std, np.nanstd(cells, 0).clip(0.02), rtol=1e-4)
     limit = 0.5 * np.quantile(cells[cells > 0], 0.1)
-    assert model.learnt_detection_limit == pytest.approx(limit, abs=0.005)
+    assert model.learned_detection_limit == pytest.approx(limit, abs=0.005)
 
 
 def test_a_step_leaves_out_what_was_not_measured(unbroken, monkeypatch):
@@ -244,20 +237,20 @@ def test_the_mean_over_devices_is_the_mean_over_all_measured_values(unbroken):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.calibrate=mean", "model.calibrate=mean needs every gene .* model.calibrate=none"),
-        ("model.source=control", "model.source=control needs every gene .* model.source=gaussian"),
-        ("model.coupling=ot", "model.coupling=ot needs every gene .* model.coupling=independent"),
+        ("model.sampler.calibrate=marginals", "model.sampler.calibrate=marginals needs every gene .* model.sampler.calibrate=none"),
+        ("model.objective.source=control", "model.objective.source=control needs every gene .* model.objective.source=gaussian"),
+        ("model.objective.coupling=ot", "model.objective.coupling=ot needs every gene .* model.objective.coupling=independent"),
         ("model/space=pca", "model/space=pca needs every gene .* model/space=genes"),
     ],
 )
 def test_settings_that_need_every_gene_are_refused(manifest, tmp_path, override, sentence):
-    more = ["model.precondition=false"] if "control" in override else []
+    more = ["model.objective.precondition=false"] if "control" in override else []
     with pytest.raises(InputError, match=sentence):
         run(manifest, tmp_path, override, *more)
 
 
 def test_the_same_settings_take_an_atlas_whose_files_have_all_genes(manifest, tmp_path):
-    done = run(manifest, tmp_path, "model.calibrate=mean", "data.data.genes=intersection", "trainer.max_steps=1")
+    done = run(manifest, tmp_path, "model.sampler.calibrate=marginals", "data.data.genes=intersection", "trainer.max_steps=1")
     assert done["trainer"].global_step == 1
     assert done["model"].gene_means is None
 

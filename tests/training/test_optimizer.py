@@ -4,30 +4,31 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from primeflow_perturbench.training.optimizer import build_adam
+from primeflow_perturbench.training.optimizer import GroupedAdam
 
 
 def test_steps_are_those_of_adam():
     """Two steps written out: m, v, their corrections, and weight decay added to the gradient."""
-    weight, lr, wd = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64)), 0.1, 0.01
-    optimizer = build_adam([weight], lr, wd)
-    expected, m, v = weight.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    model, lr, wd = nn.Linear(2, 1, bias=False, dtype=torch.float64), 0.1, 0.01
+    weight = model.weight
+    optimizer = GroupedAdam().configure(model, lr, wd, None)
+    expected, m, v = weight.detach().clone(), torch.zeros(1, 2).double(), torch.zeros(1, 2).double()
     for step, gradient in enumerate(([0.3, -1.0], [0.1, 2.0]), start=1):
-        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
-        g = torch.tensor(gradient, dtype=torch.float64) + wd * expected
+        g = torch.tensor([gradient], dtype=torch.float64) + wd * expected
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         expected = expected - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_device_with_a_fused_step_uses_it_and_another_does_not():
-    assert build_adam(nn.Linear(2, 2).parameters(), 0.1, 0.0).defaults["fused"]
-    assert not build_adam(nn.Linear(2, 2, device="meta").parameters(), 0.1, 0.0).defaults["fused"]
+def test_adam_is_fused_only_where_the_device_can():
+    assert GroupedAdam().configure(nn.Linear(2, 2), 0.1, 0.0, None).defaults["fused"]
+    assert not GroupedAdam().configure(nn.Linear(2, 2, device="meta"), 0.1, 0.0, None).defaults["fused"]
 
 
 class Line(L.LightningModule):
-    """One weight, a gradient of 100, and the optimiser under test."""
+    """One weight, a gradient of 100, and the optimizer under test."""
 
     def __init__(self):
         super().__init__()
@@ -37,12 +38,12 @@ class Line(L.LightningModule):
         return 100 * self.weight.sum()
 
     def configure_optimizers(self):
-        return build_adam(self.parameters(), 0.1, 0.0)
+        return GroupedAdam().configure(self, 0.1, 0.0, None)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_gradients_can_be_clipped_with_it(tmp_path, precision):
-    """Lightning refuses to clip for a fused optimiser under mixed precision."""
+    """Lightning refuses to clip for a fused optimizer under mixed precision."""
     seen = []
 
     class Clipped(Line):

@@ -22,14 +22,14 @@ from primeflow_perturbench.training.reuse import (
 )
 from primeflow_perturbench.training.run import train_run
 
-GUIDED = "model.guidance=2"
+GUIDED = "model.sampler.guidance=2"
 SMALL = [
     "model=primeflow_small",
     "model.network.width=4",
     "model.network.depth=1",
-    "model.solver.steps=1",
-    "model.cells_per_condition=4",
-    "model.calibration_cells=8",
+    "model.sampler.solver.steps=1",
+    "model.sampler.cells_per_condition=4",
+    "model.sampler.calibration_cells=8",
     "data/splitter=transfer",
     "data.evaluation.evaluation_pipelines=[{aggregation: average, metric: rmse, rank: false}]",
     "references=[control]",
@@ -72,7 +72,7 @@ def test_a_run_shares_its_training_only_if_it_trains_and_tests_in_one_process(tm
 
 def test_two_runs_that_differ_in_guidance_train_once_and_finish_once(tmp_path, screen_path, monkeypatch):
     shared = f"paths.trainings_dir={tmp_path / 'trainings'}"
-    plain = settings(tmp_path / "plain", *SMALL, shared, "model.calibrate=none", filename=screen_path)
+    plain = settings(tmp_path / "plain", *SMALL, shared, "model.sampler.calibrate=none", filename=screen_path)
     guided = settings(tmp_path / "guided", *SMALL, shared, GUIDED, filename=screen_path)
     console = Console(quiet=True)
     first = train_run(plain, console)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.data.counts import Counts
 from primeflow_perturbench.errors import InputError, counted, quoted
@@ -64,7 +65,7 @@ class ChallengeOutput:
             If a setting is out of range or cannot be met by the model or the file of measured controls.
         """
         steps = challenge_steps(settings, context, model.seed)
-        if steps.control_guidance not in (None, 1) and model.condition_dropout == 0:
+        if steps.control_guidance not in (None, 1) and model.objective.condition_dropout == 0:
             raise InputError(
                 f"challenge.control_guidance={steps.control_guidance} needs a null condition: train with "
                 "condition_dropout above 0"
@@ -80,7 +81,7 @@ class ChallengeOutput:
         return cls(steps, [not names for names in parts], targets)
 
     def stream(
-        self, model: Any, condition: Tensor, counts: np.ndarray, rows: Sequence[int] | None = None
+        self, model: Any, condition: Condition, counts: np.ndarray, rows: Sequence[int] | None = None
     ) -> Iterator[Block]:
         """Blocks ``(place, first, cells)`` of a `PRiMeFlow`'s ``stream``, with every step taken.
 
@@ -89,7 +90,7 @@ class ChallengeOutput:
         model
             Model that generates the cells.
         condition
-            Condition vectors (n, C).
+            Conditions (n).
         counts
             Number of cells of each, shape (n,).
         rows
@@ -103,18 +104,18 @@ class ChallengeOutput:
             with _guidance(model, self.steps.control_guidance if is_control else None):
                 for block, first, cells in model.stream(condition[places], counts[places]):
                     place = places[block]
-                    yield place, first, self.steps(cells, first, condition[place], self.targets[rows[place]])
+                    yield place, first, self.steps(cells, first, condition[[place]], self.targets[rows[place]])
 
 
 @contextmanager
 def _guidance(model: Any, guidance: float | None) -> Iterator[None]:
     """Let a model sample with another guidance strength; ``None`` keeps its own."""
-    own = model.guidance
-    model.guidance = own if guidance is None else guidance
+    own = model.sampler
+    model.sampler = own if guidance is None else replace(own, guidance=guidance)
     try:
         yield
     finally:
-        model.guidance = own
+        model.sampler = own
 
 
 def target_columns(parts: Sequence[Sequence[str]], gene_names: Sequence[str]) -> tuple[list[list[int]], list[str]]:

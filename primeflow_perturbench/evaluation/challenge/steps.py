@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.sampling.sampler import unsigned_zeros
 
 # Largest library size that cell-eval2 accepts.
 MAX_COUNTS = 1_000_000
@@ -61,7 +61,7 @@ class ChallengeSteps:
         if self.library_sizes is not None and not (len(self.library_sizes) and bool((self.library_sizes > 0).all())):
             raise InputError("challenge.counts: found control cells without counts, expected counts in all of them")
 
-    def __call__(self, cells: Tensor, first: int, condition: Tensor, targets: Sequence[int]) -> Tensor:
+    def __call__(self, cells: Tensor, first: int, condition: Condition, targets: Sequence[int]) -> Tensor:
         """Output (n, G) of a condition's log1p cells (n, G).
 
         Parameters
@@ -71,7 +71,7 @@ class ChallengeSteps:
         first
             Index of the first cell within its condition.
         condition
-            Condition vector (C,).
+            The condition, a batch of one.
         targets
             Columns of the genes that the perturbation is named after.
         """
@@ -150,8 +150,8 @@ def raw_counts(
     return torch.where(too_many, expected.floor(), counts).float()
 
 
-def cell_generator(seed: int, condition: Tensor, index: int) -> torch.Generator:
-    """Generator of the counts of one cell, from the seed, its condition vector (C,) and its index alone."""
+def cell_generator(seed: int, condition: Condition, index: int) -> torch.Generator:
+    """Generator of the counts of one cell, from the seed, its condition (1) and its index alone."""
     message = seed.to_bytes(16, "little", signed=True) + index.to_bytes(8, "little")
-    digest = hashlib.sha256(b"counts" + message + unsigned_zeros(condition).numpy().tobytes()).digest()
+    digest = hashlib.sha256(b"counts" + message + condition.row_keys()[0]).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

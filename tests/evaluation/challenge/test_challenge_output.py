@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from primeflow_perturbench.cli import main
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.output import (
     ChallengeOutput,
@@ -21,7 +22,9 @@ from primeflow_perturbench.evaluation.challenge.output import (
     library_sizes,
 )
 from primeflow_perturbench.evaluation.challenge.steps import ChallengeSteps
+from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.sampling.predict import predict_run
+from primeflow_perturbench.sampling.settings import SamplingSettings
 
 CONTEXT = {
     "perturbation_key": "target_gene",
@@ -100,8 +103,8 @@ def predicted(run, folder, rows, *overrides):
     given += [
         f"output_path={folder}",
         f"paths.output_dir={folder}",
-        "model.solver.method=euler",
-        "model.solver.steps=2",
+        "model.sampler.solver.method=euler",
+        "model.sampler.solver.steps=2",
     ]
     cfg = compose_config([*given, *overrides], root="predict")
     path = predict_run(cfg, Console(file=io.StringIO()))
@@ -142,7 +145,7 @@ def test_each_step_changes_only_its_own_cells(run, tmp_path):
         expected[label] = np.float32(0)
         pd.testing.assert_frame_equal(down[label], expected, check_names=False)
     guided = predicted(run, tmp_path / "guided", rows, *OFF, "challenge.control_guidance=5")
-    weaker = predicted(run, tmp_path / "weaker", rows, *OFF, "model.guidance=5")
+    weaker = predicted(run, tmp_path / "weaker", rows, *OFF, "model.sampler.guidance=5")
     pd.testing.assert_frame_equal(guided["G0"], plain["G0"])
     pd.testing.assert_frame_equal(guided["non-targeting"], weaker["non-targeting"])
     assert (weaker["G0"].to_numpy() != plain["G0"].to_numpy()).any()
@@ -181,26 +184,27 @@ def test_perturbations_without_a_gene_are_logged(run, tmp_path, caplog):
 
 
 class FakeModel:
-    """Records what it is asked for; the cells of a condition (1,) hold its value."""
+    """Records requests; the cells of a condition hold the value of its only covariate."""
 
-    seed, condition_dropout, guidance, gene_names = 0, 0.1, 20.0, ["STAT1", "SRC", "MED12"]
+    seed, gene_names, objective = 0, ["STAT1", "SRC", "MED12"], Objective(condition_dropout=0.1)
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.sampler = [], SamplingSettings(guidance=20.0)
 
     def stream(self, condition, counts):
-        self.asked.append((condition[:, 0].tolist(), counts.tolist(), self.guidance))
+        self.asked.append((condition.covariates[:, 0].tolist(), counts.tolist(), self.sampler.guidance))
         for row, n in enumerate(counts):
-            yield row, 0, torch.full((int(n), 3), float(condition[row, 0]))
+            yield row, 0, torch.full((int(n), 3), float(condition.covariates[row, 0]))
 
 
 def test_controls_have_their_own_guidance():
     model, labels = FakeModel(), ["STAT1", "SRC", "non-targeting", "STAT1+SRC", "non-targeting"]
-    condition, counts = torch.arange(5.0)[:, None], np.array([2, 1, 3, 1, 2])
+    condition = Condition.from_vector(torch.stack([torch.arange(5.0), torch.zeros(5)], 1), 0)
+    counts = np.array([2, 1, 3, 1, 2])
     output = ChallengeOutput.of({**NULL, "control_guidance": 5.0, "knock_down": True}, CONTEXT, labels, model)
     blocks = list(output.stream(model, condition, counts))
     assert model.asked == [([0, 1], [2, 1], 20.0), ([2], [3], 5.0), ([3], [1], 20.0), ([4], [2], 5.0)]
-    assert model.guidance == 20.0
+    assert model.sampler.guidance == 20.0
     assert [(row, len(block)) for row, _, block in blocks] == [(0, 2), (1, 1), (2, 3), (3, 1), (4, 2)]
     assert [block[0].tolist() for _, _, block in blocks] == [[0, 0, 0], [1, 0, 1], [2, 2, 2], [0, 0, 3], [4, 4, 4]]
     part = list(output.stream(model, condition[[1, 4]], counts[[1, 4]], rows=[1, 4]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.steps import (
     ChallengeSteps,
@@ -14,7 +15,7 @@ from primeflow_perturbench.evaluation.challenge.steps import (
     round_at_depth,
 )
 
-CONDITION = torch.tensor([0.0, 1.0, 0.0])
+CONDITION = Condition.from_vector(torch.tensor([0.0, 1.0, 0.0])[None], 1)
 
 
 def cells(n=6, genes=40, seed=0):
@@ -99,7 +100,7 @@ def test_raw_counts_depend_on_seed_condition_and_index_alone():
     parts = torch.cat([steps(x[:3], 0, CONDITION, []), steps(x[3:4], 3, CONDITION, []), steps(x[4:], 4, CONDITION, [])])
     assert torch.equal(parts, whole)
     assert not torch.equal(steps(x, 1, CONDITION, []), whole)
-    assert not torch.equal(steps(x, 0, CONDITION.flip(0) + 1, []), whole)
+    assert not torch.equal(steps(x, 0, Condition.from_vector(CONDITION.vector().flip(1) + 1, 1), []), whole)
     assert not torch.equal(ChallengeSteps(library_sizes=pool, seed=4)(x, 0, CONDITION, []), whole)
 
 

@@ -1,6 +1,5 @@
-"""Where paths begin, which cell they lead to, when they are looked at and in which space: the settings of ablations."""
+"""The source, coupling and space of a model's flow."""
 
-import importlib.util
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -8,17 +7,15 @@ from itertools import chain
 from pathlib import Path
 
 import hydra
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from builders import compose_config
+from builders import build_model, fit
 from torch import nn
 
-from primeflow_perturbench import model as model_module
+from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace
-from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.networks.gene_tokens import GenePatches
 from primeflow_perturbench.networks.mlp import MLP
@@ -34,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
 
 class Still(nn.Module):
-    """A network of zero velocity: cells end where they begin."""
+    """A network with zero velocity: cells end where they start."""
 
     def __init__(self, n_genes, condition_width):
         super().__init__()
@@ -46,18 +43,9 @@ class Still(nn.Module):
 
 
 def build(**settings):
-    given = {
-        "n_genes": G,
-        "n_perts": len(PERTURBATIONS),
-        "transform": None,
-        "context": {"perturbation_uniques": PERTURBATIONS, "covariate_uniques": {"line": LINES}},
-        "evaluation": None,
-        "network": SMALL,
-        "solver": ODESolver("midpoint", steps=2),
-        "detection_limit": None,
-        "condition_dropout": 0.0,
-    }
-    return PRiMeFlow(**{**given, **settings})
+    context = {"perturbation_uniques": PERTURBATIONS, "covariate_uniques": {"line": LINES}}
+    given = {"network": SMALL, "condition_dropout": 0.0, "gene_names": None}
+    return build_model([f"g{i}" for i in range(G)], context, **{**given, **settings})
 
 
 def batch_of(labels, lines, expression):
@@ -75,33 +63,25 @@ def screen_of(n=40, seed=0):
     return batch_of(labels, lines, x)
 
 
-class Batches(L.LightningDataModule):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(self.batches, batch_size=None)
-
-
 def fitted(model, *batches, steps=1):
-    settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_steps=steps, accelerator="cpu", enable_progress_bar=False, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(model, datamodule=Batches(batches or [screen_of()]))
+    fit(model, *(batches or [screen_of()]), steps=steps)
     return model
 
 
 def condition(model, label, line, n=1):
     one = batch_of([label], [line], torch.zeros(1, G))
-    return model.encoder(one.perturbations, one.covariates).expand(n, -1)
+    return model.encoder(one.perturbations, one.covariates).expand(n)
 
 
-# --- the source
+def joined(*conditions):
+    """Several batches of conditions as one."""
+    return Condition.from_vector(torch.cat([one.vector() for one in conditions]), len(PERTURBATIONS))
 
 
-def test_training_begins_at_controls_of_the_same_covariates():
+# --- source
+
+
+def test_training_paths_start_at_controls_of_the_same_covariates():
     model = fitted(build(source="control", source_noise=0.0, network=Still))
     batch = screen_of(seed=1)
     sample, noise = model._sample(batch.gene_expression, model.encoder(batch.perturbations, batch.covariates), 0, 0, 0)
@@ -111,7 +91,7 @@ def test_training_begins_at_controls_of_the_same_covariates():
     torch.testing.assert_close(sample.x_t, expected + noise.t[:, None] * (batch.gene_expression - expected))
 
 
-def test_the_noise_on_controls_has_its_deviation():
+def test_the_noise_on_controls_has_the_requested_deviation():
     model = fitted(build(source="control", source_noise=0.3))
     batch = screen_of(n=1000, seed=1)
     sample, _ = model._sample(batch.gene_expression, model.encoder(batch.perturbations, batch.covariates), 0, 0, 0)
@@ -120,7 +100,7 @@ def test_the_noise_on_controls_has_its_deviation():
     assert around.std() == pytest.approx(0.3, rel=0.02)
 
 
-def test_sampling_begins_at_controls_of_the_same_covariates():
+def test_sampling_starts_at_controls_of_the_same_covariates():
     model = fitted(build(source="control", source_noise=0.2, network=Still), steps=1)
     for line, level in (("alpha", 1.5), ("beta", 2.5)):
         with torch.no_grad():
@@ -131,7 +111,7 @@ def test_sampling_begins_at_controls_of_the_same_covariates():
         assert len(cells.unique(dim=0)) == 500
 
 
-def test_dropped_conditions_begin_at_controls_of_their_own_covariates():
+def test_paths_of_dropped_conditions_start_at_controls_of_the_true_covariates():
     model = fitted(build(source="control", source_noise=0.0, network=Still, condition_dropout=0.9))
     batch = batch_of(["G1"] * 200, ["beta"] * 200, torch.full((200, G), 2.5))
     model.trainer = None
@@ -142,13 +122,13 @@ def test_dropped_conditions_begin_at_controls_of_their_own_covariates():
     torch.testing.assert_close(x_t, torch.full((200, G), 2.5))
 
 
-def test_a_control_cell_does_not_depend_on_chunks_order_or_number():
+def test_the_control_a_cell_starts_at_does_not_depend_on_chunks_order_or_number():
     model = fitted(build(source="control"), steps=3)
     one, other = condition(model, "G0", "alpha", 70), condition(model, "G1", "beta", 40)
-    whole = model.generate(torch.cat([one, other]))
-    assert torch.equal(model.generate(torch.cat([other, one])), torch.cat([whole[70:], whole[:70]]))
+    whole = model.generate(joined(one, other))
+    assert torch.equal(model.generate(joined(other, one)), torch.cat([whole[70:], whole[:70]]))
     assert torch.equal(model.generate(one[:33]), whole[:33])
-    streamed = [cells for _, _, cells in model.stream(torch.cat([one[:1], other[:1]]), [70, 40])]
+    streamed = [cells for _, _, cells in model.stream(joined(one[:1], other[:1]), [70, 40])]
     assert torch.equal(torch.cat(streamed), whole)
     model.seed = 1
     assert not torch.equal(model.generate(one), whole[:70])
@@ -156,28 +136,28 @@ def test_a_control_cell_does_not_depend_on_chunks_order_or_number():
 
 def test_covariates_without_controls_are_named():
     beta_alone = batch_of(["control", "G0", "G0"], ["beta", "beta", "alpha"], torch.rand(3, G) + 0.1)
-    with pytest.raises(InputError, match="no control cells with line=alpha are among the training cells"):
+    with pytest.raises(InputError, match="the training cells contain no control cells with line=alpha"):
         fitted(build(source="control"), beta_alone)
     model = fitted(build(source="control"), batch_of(["control", "G0"], ["beta", "beta"], torch.rand(2, G) + 0.1))
-    stream = model.stream(torch.cat([condition(model, "G0", "beta"), condition(model, "G0", "alpha")]), [10**6, 1])
-    with pytest.raises(InputError, match="no control cells with line=alpha are among the training cells"):
+    stream = model.stream(joined(condition(model, "G0", "beta"), condition(model, "G0", "alpha")), [10**6, 1])
+    with pytest.raises(InputError, match="the training cells contain no control cells with line=alpha"):
         next(stream)
 
 
-def test_more_cells_are_looked_at_where_controls_are_still_wanting(monkeypatch):
-    monkeypatch.setattr(PRiMeFlow, "SURVEYED_CELLS", 1)
+def test_collection_goes_on_until_every_context_has_its_controls(monkeypatch):
+    monkeypatch.setattr(PRiMeFlow, "STATISTICS_CELLS", 1)
     early = batch_of(["G0", "control"], ["alpha", "beta"], torch.rand(2, G) + 0.1)
     model = fitted(build(source="control", source_cells=1), early, screen_of())
     assert set(model.controls.cells[:, 0].tolist()) == {1.5, float(early.gene_expression[1, 0])}
 
 
-def test_a_model_that_was_not_trained_has_no_controls():
+def test_an_untrained_model_has_no_controls():
     model = build(source="control")
-    with pytest.raises(InputError, match="kept in training: train first"):
+    with pytest.raises(InputError, match="that training keeps: train first"):
         model.generate(condition(model, "G0", "alpha"))
 
 
-# --- the coupling
+# --- coupling
 
 
 def total_cost(sample):
@@ -204,30 +184,17 @@ def test_optimal_transport_permutes_sources_and_keeps_cells_with_their_condition
         assert torch.equal((moved.x_0.mean(1) > 2).long(), lines)
 
 
-def test_without_its_library_optimal_transport_is_refused_before_training(monkeypatch):
-    hidden = lambda name: None if name == "ot" else importlib.util.find_spec(name)  # noqa: E731
-    monkeypatch.setattr(model_module, "find_spec", hidden)
+def test_optimal_transport_without_its_library_is_an_error_before_training(monkeypatch):
+    monkeypatch.setattr("primeflow_perturbench.flow.coupling.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'primeflow-perturbench\[ot\]'"):
         fitted(build(coupling="ot"))
     assert fitted(build()).controls is None
 
 
-# --- the times
+# --- space
 
 
-@pytest.mark.parametrize(("name", "near_the_ends"), [("uniform", 0.2), ("logit_normal", 0.028)])
-def test_times_of_training_have_their_distribution(name, near_the_ends):
-    """The share of times below 0.1 or above 0.9; of logit(t) < -2.197 or > 2.197 under a standard normal: 0.028."""
-    model = build(network=Still, time_sampling=name)
-    model.training_step(screen_of(n=1500), 0)
-    t = model.network.seen[0][1]
-    assert ((t < 0.1) | (t > 0.9)).float().mean() == pytest.approx(near_the_ends, abs=0.012)
-
-
-# --- the space
-
-
-def test_a_network_of_components_gives_cells_of_genes():
+def test_a_flow_of_components_generates_genes():
     model = fitted(build(space=partial(PCASpace, n_components=3), network=Still), screen_of(), screen_of(seed=1))
     batch = screen_of(seed=1)
     assert model.network.n_genes == 3
@@ -243,13 +210,9 @@ def test_a_network_of_components_gives_cells_of_genes():
     torch.testing.assert_close(cells.mean(0), raw.mean(0), rtol=0, atol=0.15)
 
 
-def test_preconditioning_knows_the_cells_in_their_space():
+def test_preconditioning_uses_the_moments_of_the_cells_in_their_space():
     batch = screen_of()
-    for space in (
-        partial(PCASpace, n_components=3),
-        partial(GeneSpace, scaling="std"),
-        partial(GeneSpace, scaling="std", zero_gap=0.5),
-    ):
+    for space in (GeneSpace, partial(PCASpace, n_components=3)):
         expression = batch.gene_expression.clone()
         expression[:60, 0] = 0
         model = fitted(build(space=space, precondition=True), batch._replace(gene_expression=expression))
@@ -258,7 +221,7 @@ def test_preconditioning_knows_the_cells_in_their_space():
         np.testing.assert_allclose(model.network.std, np.maximum(z.std(0), 0.02), rtol=1e-3)
 
 
-def test_only_so_many_cells_fit_the_space():
+def test_the_space_is_fitted_to_fit_cells_cells_only():
     first, second = screen_of(n=10), screen_of(n=10, seed=1)
     part = fitted(build(space=partial(PCASpace, n_components=2, fit_cells=40)), first, second)
     alone = fitted(build(space=partial(PCASpace, n_components=2)), first)
@@ -267,39 +230,17 @@ def test_only_so_many_cells_fit_the_space():
     assert not torch.equal(part.space.components, whole.space.components)
 
 
-def test_what_is_about_genes_is_refused_for_components():
-    network = partial(UNet, channels=8, multipliers=(1,), genes=partial(GenePatches, patch=2, order="correlation"))
+def test_initial_gene_vectors_are_an_error_for_components():
+    network = partial(UNet, channels=8, multipliers=(1,), genes=partial(GenePatches, patch=2, initial_vectors="x"))
     build(network=network)
-    with pytest.raises(InputError, match=r"order=correlation is about genes, but with space=pca"):
+    with pytest.raises(InputError, match=r"initial_vectors describes genes, but with model/space=pca"):
         build(network=network, space=partial(PCASpace, n_components=4))
-
-
-# --- settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"source": "noise"}, "source must be one of gaussian, control, got 'noise'"),
-        ({"coupling": "emd"}, "coupling must be one of independent, ot, got 'emd'"),
-        ({"loss_weighting": "t"}, "loss_weighting must be one of none, times, times_and_genes, got 't'"),
-        ({"loss_weighting": "times"}, "loss_weighting=times needs the variances of genes: set precondition=true"),
-        ({"time_sampling": "beta"}, "time_sampling must be one of uniform, logit_normal, got 'beta'"),
-        ({"source_noise": -0.1}, "source_noise must be at least 0, got -0.1"),
-        ({"source_cells": 0}, "source_cells must be at least 1, got 0"),
-        ({"source": "control", "precondition": True}, "precondition supposes a Gaussian source"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(InputError, match=message):
-        build(**settings)
 
 
 # --- checkpoints and resuming
 
-GAP = ("model.space.scaling=std", "model.space.zero_gap=0.5")
-CONTROL = ("model.source=control", "model.source_cells=20", *GAP)
-PCA = ("model/space=pca", "model.space.n_components=8", "model.precondition=true")
+CONTROL = ("model.objective.source=control", "model.objective.source_cells=20")
+PCA = ("model/space=pca", "model.space.n_components=8", "model.objective.precondition=true")
 
 
 def composed(folder, *overrides):
@@ -315,7 +256,7 @@ def composed(folder, *overrides):
         "model.network.width=16",
         "model.network.depth=1",
         "model.network.embedding_width=8",
-        "model.solver.steps=4",
+        "model.sampler.solver.steps=4",
         "trainer.max_steps=8",
         "trainer.val_check_interval=4",
         "trainer.accelerator=cpu",
@@ -331,7 +272,8 @@ def composed(folder, *overrides):
         "test=false",
         *overrides,
     ]
-    return compose_config(settings)
+    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
+        return hydra.compose("train", overrides=settings)
 
 
 def trained(folder, *overrides):
@@ -348,7 +290,7 @@ def tensors(state, where=""):
 
 
 @pytest.mark.parametrize("settings", [CONTROL, PCA], ids=["control", "pca"])
-def test_a_resumed_run_equals_the_unbroken_one_and_its_checkpoint_gives_the_same_cells(tmp_path, settings):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_its_checkpoint_generates_the_same_cells(tmp_path, settings):
     whole = trained(tmp_path / "whole", *settings)
     trained(tmp_path / "part", *settings, f"ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'step3.ckpt'}")
     paths = [tmp_path / name / "checkpoints" / "step8.ckpt" for name in ("whole", "part")]
@@ -368,10 +310,10 @@ def test_a_resumed_run_equals_the_unbroken_one_and_its_checkpoint_gives_the_same
     assert torch.equal(whole["model"].eval().predict(batch), cells)
 
 
-def test_a_finetuned_model_keeps_the_space_that_its_weights_know(tmp_path):
+def test_finetuning_keeps_the_space_of_the_weights(tmp_path):
     first = trained(tmp_path / "first", *PCA, "model.space.fit_cells=200")["model"].space
     checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    later = trained(tmp_path / "later", *PCA, f"ckpt_path={checkpoint}", "+finetune=true")["model"].space
+    later = trained(tmp_path / "later", *PCA, f"ckpt_path={checkpoint}", "finetune=true")["model"].space
     assert torch.equal(later.components, first.components)
     assert torch.equal(later.mean, first.mean)
 
@@ -379,6 +321,7 @@ def test_a_finetuned_model_keeps_the_space_that_its_weights_know(tmp_path):
 @pytest.mark.parametrize("gene_embedding", [True, False])
 def test_the_embedding_of_genes_is_a_setting_of_the_u_net(gene_embedding):
     given = ["data=h5ad", "model=primeflow", f"model.network.genes.gene_embedding={str(gene_embedding).lower()}"]
-    config = compose_config(given)
+    with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
+        config = hydra.compose("train", overrides=given)
     network = hydra.utils.instantiate(config.model.network)(20, 5)
     assert network.genes.embedding.shape == (64, 20 if gene_embedding else 1)

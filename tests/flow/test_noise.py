@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from primeflow_perturbench.flow.path import logit_normal_time
-from primeflow_perturbench.training.noise import BLOCK, batch_noise
+from primeflow_perturbench.flow.noise import BLOCK, batch_noise
 
 G = 5
 
@@ -18,28 +17,28 @@ def parts(noise):
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("world", [2, 3, 8])
-def test_devices_draw_together_what_one_would(n, world):
+def test_several_devices_draw_the_noise_of_one_device(n, world):
     whole = batch_noise(cells(n), [7, 0, 1])
     for rank in range(min(world, n)):
-        mine = torch.arange(n)[rank::world]
-        dealt = batch_noise(cells(len(mine)), [7, 0, 1], rank, world)
-        for of_one, of_many in zip(parts(whole), parts(dealt), strict=True):
-            assert torch.equal(of_one[mine], of_many)
+        own_rows = torch.arange(n)[rank::world]
+        shared = batch_noise(cells(len(own_rows)), [7, 0, 1], rank, world)
+        for of_one, of_many in zip(parts(whole), parts(shared), strict=True):
+            assert torch.equal(of_one[own_rows], of_many)
 
 
-def test_a_smaller_batch_has_the_noise_of_its_cells():
+def test_a_smaller_batch_draws_the_first_numbers_of_a_larger_one():
     for of_large, of_small in zip(parts(batch_noise(cells(70), [1])), parts(batch_noise(cells(33), [1])), strict=True):
         assert torch.equal(of_large[:33], of_small)
 
 
-def test_every_name_of_a_batch_gives_other_noise():
+def test_each_entropy_and_block_gives_different_noise():
     drawn = [batch_noise(cells(2 * BLOCK), entropy) for entropy in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1])]
     blocks = [noise.x_0[start : start + BLOCK] for noise in drawn for start in (0, BLOCK)]
     assert len({float(block.sum()) for block in blocks}) == 8
     assert torch.equal(batch_noise(cells(9), [3, 1]).t, batch_noise(cells(9), [3, 1]).t)
 
 
-def test_the_distributions():
+def test_each_part_has_its_distribution_and_parts_are_uncorrelated():
     noise = batch_noise(torch.zeros(20_000, G), [0])
     assert noise.x_0.mean() == pytest.approx(0, abs=0.02)
     assert noise.x_0.std() == pytest.approx(1, abs=0.02)
@@ -51,14 +50,14 @@ def test_the_distributions():
     assert (together - torch.eye(5)).abs().max() < 0.03
 
 
-def test_type_and_device_follow_the_cells():
+def test_noise_has_the_type_of_the_cells():
     noise = batch_noise(torch.zeros(3, G, dtype=torch.float64), [0])
     assert noise.x_0.dtype == torch.float64
     assert noise.x_0.shape == (3, G)
 
 
-def test_a_seed_draws_what_it_has_always_drawn():
-    """A run of an older version goes on with the noise that it would have had."""
+def test_the_order_of_draws_is_fixed():
+    """Another order would change every training for a given seed."""
     seed = np.random.SeedSequence([3, 0, 2, 1]).generate_state(1)
     generator = torch.Generator().manual_seed(int(seed[0]))
     chance = torch.rand(BLOCK, generator=generator)
@@ -66,10 +65,3 @@ def test_a_seed_draws_what_it_has_always_drawn():
     noise = batch_noise(cells(2 * BLOCK), [3, 0, 2])
     for drawn, expected in ((noise.chance, chance), (noise.x_0, x_0), (noise.t, t)):
         assert torch.equal(drawn[BLOCK:], expected)
-
-
-def test_another_distribution_of_times_leaves_the_source_and_the_first_chance_alone():
-    uniform, other = batch_noise(cells(9), [0]), batch_noise(cells(9), [0], time=logit_normal_time)
-    assert torch.equal(other.x_0, uniform.x_0)
-    assert torch.equal(other.chance, uniform.chance)
-    assert not torch.equal(other.t, uniform.t)
