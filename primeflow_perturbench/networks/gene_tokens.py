@@ -283,10 +283,10 @@ class GenePatches(GeneLayout):
         self,
         n_genes: int,
         channels: int,
-        patch: int = 8,
+        patch: int = 16,
         initial_vectors: str | None = None,
-        functions: int = 0,
-        direct: bool = False,
+        functions: int = 5,
+        direct: bool = True,
     ):
         super().__init__(n_genes)
         if patch < 1:

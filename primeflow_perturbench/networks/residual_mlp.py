@@ -44,12 +44,12 @@ class ResidualMLP(nn.Module):
         self,
         n_genes: int,
         condition_width: int,
-        width: int = 512,
+        width: int = 256,
         depth: int = 4,
         expansion: int = 2,
         embedding_width: int = 256,
-        functions: int = 0,
-        direct: bool = False,
+        functions: int = 5,
+        direct: bool = True,
     ):
         super().__init__()
         if min(n_genes, condition_width, width, depth, expansion, embedding_width) < 1:

@@ -23,7 +23,7 @@ LINES = {"line": ["alpha", "beta"]}
 UNET = partial(UNet, channels=8, multipliers=(1, 2), blocks=1)
 NETWORKS = {
     "mlp": partial(MLP, width=16, depth=2, embedding_width=8),
-    "residual_mlp": partial(ResidualMLP, width=16, depth=1, embedding_width=8),
+    "residual_mlp": partial(ResidualMLP, width=16, depth=1, embedding_width=8, functions=0, direct=False),
     "own_values": partial(ResidualMLP, width=16, depth=1, embedding_width=8, functions=3, direct=True),
     "tokens": partial(UNET, genes=GeneTokens),
     "patches": partial(UNET, genes=partial(GenePatches, patch=4, functions=3, direct=True)),

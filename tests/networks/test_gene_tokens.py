@@ -7,6 +7,11 @@ from primeflow_perturbench.networks.gene_tokens import FREE, GenePatches, GeneTo
 CHANNELS = 6
 
 
+def gene_patches(n_genes, channels, patch, functions=0, direct=False):
+    """Patches whose genes read neither their own values nor the embedding, unless a test asks for it."""
+    return GenePatches(n_genes, channels, patch, functions=functions, direct=direct)
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -69,7 +74,7 @@ def test_the_read_out_of_gene_tokens_equals_a_loop(n_genes):
 
 @pytest.mark.parametrize(("n_genes", "patch"), [(1, 8), (5, 8), (8, 8), (13, 8), (12, 4), (7, 1)])
 def test_the_read_in_of_patches_equals_a_loop(n_genes, patch):
-    genes = randomised(GenePatches(n_genes, CHANNELS, patch))
+    genes = randomised(gene_patches(n_genes, CHANNELS, patch))
     x = random(3, n_genes)
     tokens = genes.tokens(x)
     assert genes.length == -(-n_genes // patch)
@@ -85,7 +90,7 @@ def test_the_read_in_of_patches_equals_a_loop(n_genes, patch):
 
 @pytest.mark.parametrize(("n_genes", "patch"), [(1, 8), (5, 8), (8, 8), (13, 8), (12, 4), (7, 1)])
 def test_the_read_out_of_patches_equals_a_loop(n_genes, patch):
-    genes = randomised(GenePatches(n_genes, CHANNELS, patch))
+    genes = randomised(gene_patches(n_genes, CHANNELS, patch))
     hidden = random(2, CHANNELS, genes.length, seed=1)
     active = silu(plain_norm(hidden.numpy(), genes.norm))
     read_out, bias = genes.read_out.detach().numpy(), genes.bias.detach().numpy()
@@ -100,8 +105,8 @@ def test_the_read_out_of_patches_equals_a_loop(n_genes, patch):
 
 @pytest.mark.parametrize(("n_genes", "patch", "functions"), [(13, 4, 1), (13, 4, 3), (5, 8, 6)])
 def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
-    genes = randomised(GenePatches(n_genes, CHANNELS, patch, functions=functions))
-    plain = GenePatches(n_genes, CHANNELS, patch)
+    genes = randomised(gene_patches(n_genes, CHANNELS, patch, functions=functions))
+    plain = gene_patches(n_genes, CHANNELS, patch)
     plain.load_state_dict({name: genes.state_dict()[name] for name in plain.state_dict()})
     hidden, x = random(2, CHANNELS, genes.length, seed=1), random(2, n_genes, seed=2)
     active = silu(plain_norm(hidden.numpy(), genes.norm))
@@ -121,7 +126,7 @@ def test_the_read_out_of_own_values_equals_a_loop(n_genes, patch, functions):
 
 
 def test_what_a_gene_reads_of_the_embedding_is_its_own_product():
-    genes = GenePatches(13, CHANNELS, 4, direct=True)
+    genes = gene_patches(13, CHANNELS, 4, direct=True)
     genes.read_embedding(6)
     hidden, embedding = random(2, CHANNELS, genes.length, seed=1), random(2, 6, seed=2)
     assert (genes.values(hidden, None, embedding) == 0).all()
@@ -134,17 +139,17 @@ def test_what_a_gene_reads_of_the_embedding_is_its_own_product():
             place = g
             expected = without[b, g] + sum(active[b, w] * weights[w, place] for w in range(6))
             np.testing.assert_allclose(values[b, g], expected, rtol=1e-4, atol=1e-4)
-    plain = GenePatches(13, CHANNELS, 4)
+    plain = gene_patches(13, CHANNELS, 4)
     plain.read_embedding(6)
     assert not any("direct" in name for name, _ in plain.named_parameters())
 
 
 def test_functions_of_own_values_are_silent_at_first_and_bend_apart():
-    genes = GenePatches(13, CHANNELS, 4, functions=10)
+    genes = gene_patches(13, CHANNELS, 4, functions=10)
     x = random(2, 13)
     assert (genes.values(random(2, CHANNELS, genes.length), x) == 0).all()
     with pytest.raises(ValueError, match="at least 1, or 0 for none, got -1"):
-        GenePatches(13, CHANNELS, 4, functions=-1)
+        gene_patches(13, CHANNELS, 4, functions=-1)
     assert len({tuple(row.tolist()) for row in genes.own.shift[0].detach()}) == 9
     assert genes.own.read_out.numel() == 4 * CHANNELS * 10 * 4
 
@@ -155,7 +160,7 @@ def test_what_a_token_cannot_carry_is_read_from_the_value_itself():
     errors = []
     for functions in (0, 1, 5):
         torch.manual_seed(0)
-        genes = GenePatches(8, 1, 8, functions=functions)
+        genes = gene_patches(8, 1, 8, functions=functions)
         optimiser = torch.optim.Adam(genes.parameters(), lr=0.05)
         for _ in range(300):
             loss = (genes.values(genes.tokens(x), x) - x**2).square().mean()
@@ -170,7 +175,7 @@ def test_what_a_token_cannot_carry_is_read_from_the_value_itself():
 
 
 def test_the_padding_of_the_last_patch_touches_no_value():
-    genes = randomised(GenePatches(13, CHANNELS, 8))
+    genes = randomised(gene_patches(13, CHANNELS, 8))
     x, hidden = random(3, 13), random(3, CHANNELS, 2, seed=1)
     tokens, values = genes.tokens(x), genes.values(hidden)
     with torch.no_grad():
@@ -191,7 +196,7 @@ def test_the_padding_of_the_last_patch_touches_no_value():
 
 @pytest.mark.parametrize(
     "genes",
-    [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4)],
+    [GeneTokens(13, CHANNELS), gene_patches(13, CHANNELS, 4)],
 )
 def test_expression_may_be_a_view(genes):
     x = random(13, 3).T
@@ -201,7 +206,7 @@ def test_expression_may_be_a_view(genes):
     torch.testing.assert_close(genes.tokens(sliced), genes.tokens(sliced.contiguous()))
 
 
-@pytest.mark.parametrize("genes", [GeneTokens(13, CHANNELS), GenePatches(13, CHANNELS, 4)])
+@pytest.mark.parametrize("genes", [GeneTokens(13, CHANNELS), gene_patches(13, CHANNELS, 4)])
 def test_the_velocity_starts_at_zero(genes):
     assert (genes.values(random(2, CHANNELS, genes.length)) == 0).all()
     assert (genes.values(torch.zeros(2, CHANNELS, genes.length)) == 0).all()
@@ -210,14 +215,14 @@ def test_the_velocity_starts_at_zero(genes):
 def test_parameters_are_as_many_as_a_count_by_hand():
     tokens = sum(parameter.numel() for parameter in GeneTokens(13, CHANNELS).parameters())
     assert tokens == CHANNELS + 13 * CHANNELS + 2 * CHANNELS + (3 * CHANNELS + 1)
-    patches = sum(parameter.numel() for parameter in GenePatches(13, CHANNELS, 8).parameters())
+    patches = sum(parameter.numel() for parameter in gene_patches(13, CHANNELS, 8).parameters())
     assert patches == 16 * CHANNELS + 2 * CHANNELS + 2 * CHANNELS + 16 * CHANNELS + 13
 
 
 @pytest.mark.parametrize("patch", [0, -1])
 def test_a_patch_of_no_genes_is_refused(patch):
     with pytest.raises(ValueError, match=f"patch of at least one gene, got {patch}"):
-        GenePatches(13, CHANNELS, patch)
+        gene_patches(13, CHANNELS, patch)
 
 
 # --- vectors
@@ -267,7 +272,7 @@ def test_gene_tokens_start_with_their_vectors():
 
 
 def test_a_patch_starts_with_the_mean_of_the_vectors_of_its_genes():
-    genes, vectors = GenePatches(13, CHANNELS, 4), random(13, 20)
+    genes, vectors = gene_patches(13, CHANNELS, 4), random(13, 20)
     # A patch with one gene that has no vector, and one with none that has.
     places = torch.arange(13)
     vectors[places[[5, 12]]] = 0
@@ -282,7 +287,7 @@ def test_a_patch_starts_with_the_mean_of_the_vectors_of_its_genes():
     assert (added[3] == 0).all()
 
 
-@pytest.mark.parametrize("genes", [GeneTokens(3, CHANNELS), GenePatches(3, CHANNELS, 2)])
+@pytest.mark.parametrize("genes", [GeneTokens(3, CHANNELS), gene_patches(3, CHANNELS, 2)])
 def test_vectors_of_other_genes_or_without_numbers_are_refused(genes):
     with pytest.raises(ValueError, match=r"shape \(3, W\), got \(4, 5\)"):
         genes.set_gene_vectors(random(4, 5))
@@ -298,7 +303,7 @@ FREE_ORDER = torch.tensor([4, FREE, 0, 2, FREE, FREE, 1, 3, FREE])
 
 def laid_out(kind, seed=0):
     """Tokens or patches of 5 genes on 9 places."""
-    genes = GeneTokens(5, CHANNELS) if kind == "tokens" else GenePatches(5, CHANNELS, 4)
+    genes = GeneTokens(5, CHANNELS) if kind == "tokens" else gene_patches(5, CHANNELS, 4)
     genes.lay_out(FREE_ORDER)
     return randomised(genes, seed)
 
@@ -306,7 +311,7 @@ def laid_out(kind, seed=0):
 @pytest.mark.parametrize("kind", ["tokens", "patches"])
 def test_genes_with_free_places_are_more_genes_of_which_some_read_zero(kind):
     genes = laid_out(kind)
-    full = randomised(GeneTokens(9, CHANNELS) if kind == "tokens" else GenePatches(9, CHANNELS, 4))
+    full = randomised(GeneTokens(9, CHANNELS) if kind == "tokens" else gene_patches(9, CHANNELS, 4))
     x, hidden = random(3, 5), random(3, CHANNELS, genes.length, seed=1)
     by_place = torch.zeros(3, 9)
     taken = FREE_ORDER != FREE
@@ -321,7 +326,7 @@ def test_genes_with_free_places_are_more_genes_of_which_some_read_zero(kind):
 @pytest.mark.parametrize("kind", ["tokens", "patches"])
 def test_a_checkpoint_with_free_places_loads_into_fresh_genes(kind):
     genes = laid_out(kind)
-    fresh = GeneTokens(5, CHANNELS) if kind == "tokens" else GenePatches(5, CHANNELS, 4)
+    fresh = GeneTokens(5, CHANNELS) if kind == "tokens" else gene_patches(5, CHANNELS, 4)
     before = torch.get_rng_state()
     fresh.load_state_dict(genes.state_dict())
     assert torch.equal(torch.get_rng_state(), before), "whoever draws next does not notice"
@@ -332,7 +337,7 @@ def test_a_checkpoint_with_free_places_loads_into_fresh_genes(kind):
 
 
 def test_laying_out_keeps_what_is_frozen_frozen():
-    genes = GenePatches(5, CHANNELS, 4)
+    genes = gene_patches(5, CHANNELS, 4)
     genes.read_in.requires_grad_(False)
     genes.lay_out(FREE_ORDER)
     assert not genes.read_in.requires_grad
@@ -342,7 +347,7 @@ def test_laying_out_keeps_what_is_frozen_frozen():
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, FREE], [0, 1, 2, 3, 4, 4], [[0, 1, 2, 3, 4]]])
 def test_what_is_no_layout_is_refused(order):
-    genes = GenePatches(5, CHANNELS, 4)
+    genes = gene_patches(5, CHANNELS, 4)
     with pytest.raises(ValueError, match="each of 0 to 4 once, and -1 elsewhere"):
         genes.lay_out(torch.tensor(order))
     assert genes.order is None

@@ -12,7 +12,7 @@ SIZES = {"n_genes": 5, "condition_width": WIDTH, "width": 16, "depth": 2, "expan
 def build(**settings):
     """A small network with noise on every parameter, so that what starts at zero speaks."""
     torch.manual_seed(0)
-    network = ResidualMLP(**{**SIZES, **settings})
+    network = ResidualMLP(**{**SIZES, "functions": 0, "direct": False, **settings})
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

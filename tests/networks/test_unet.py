@@ -15,7 +15,7 @@ WIDTH = 3
 SIZES = {"channels": 8, "multipliers": (1, 2, 4), "blocks": 1}
 NETWORKS = {
     "tokens": partial(UNet, **SIZES),
-    "patches": partial(UNet, genes=GenePatches, **SIZES),
+    "patches": partial(UNet, genes=partial(GenePatches, patch=8, functions=0, direct=False), **SIZES),
     "mlp": partial(MLP, width=16, depth=2, embedding_width=8),
     "residual_mlp": partial(ResidualMLP, width=16, depth=2, embedding_width=8),
 }
