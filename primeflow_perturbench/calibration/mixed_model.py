@@ -190,7 +190,9 @@ class MixedModel:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Rebuild a model from `state`."""
-        layout = {name: tuple(value) if isinstance(value, list) else value for name, value in state["layout"].items()}
+        layout: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in state["layout"].items()
+        }
         tensors = {name: value for name, value in state.items() if name not in ("layout", "conditions")}
         conditions = Condition.from_vector(state["conditions"], layout["perturbations"])
         return cls(effects=Effects(**layout), conditions=conditions, **tensors)

@@ -1,4 +1,4 @@
-"""A table of conditions to generate: checked, and as the tensors that a model reads."""
+"""Tables of conditions to generate: checks, and the tensors that a model reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ N_CELLS = "n_cells"
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions to generate, a row each.
+    """Conditions to generate, one per row.
 
     Attributes
     ----------
     obs
-        Covariates and perturbation of each row: text, or float32 of a continuous covariate; N rows.
+        Covariates and perturbation of each row, N rows: text, or float32 for a continuous covariate.
     counts
-        Cells of each row, shape (N,).
+        Number of cells of each row, shape (N,).
     perturbations
         Multi-hot (N, P), or summed embeddings (N, W), float32; zero for control.
     covariates
-        By name one-hot (N, n), or the values (N, 1) of a continuous covariate, float32.
+        One-hot covariates (N, n), or values (N, 1) of a continuous one, by name, float32.
     external
-        Summed external embeddings (N, E), float32, for a model that reads such; else ``None``.
+        Summed external embeddings (N, E), float32; ``None`` for a model without them.
     """
 
     obs: pd.DataFrame
@@ -48,12 +48,12 @@ class Conditions:
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Rows of a CSV file of conditions, all columns as text.
+    """Read a CSV file of conditions, all columns as text.
 
     Raises
     ------
     InputError
-        If the file is missing or is no table.
+        If the file is missing or not a table.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,40 +79,40 @@ def encode_conditions(
 ) -> Conditions:
     """Check a table of conditions against what a model was trained on, and encode it.
 
-    Pairs of perturbation and covariates that training lacks are fine, and the parts of a combination may come
-    in any order. Columns that are neither the perturbation, a covariate nor ``n_cells`` are left out.
+    Training need not have a pair of perturbation and covariates. The parts of a combination may come in any order.
+    Columns other than the perturbation, the covariates and ``n_cells`` are ignored.
 
     Parameters
     ----------
     table
-        A row a condition: the perturbation column, the covariate columns, and if wanted ``n_cells``.
+        One row per condition: the perturbation column, the covariate columns and optionally ``n_cells``.
     context
-        Training context, see the host's data set.
+        Training context, as PerturBench's data set gives it.
     n_cells
-        Cells of each condition; the table's column ``n_cells`` wins where it is there.
+        Number of cells of each condition; a column ``n_cells`` of the table takes precedence.
     control_cells
-        Adds the control condition of every combination of covariates in the table that lacks it, with so many
-        cells; ``None`` adds nothing.
+        Number of cells of control conditions to add, for every combination of covariates in the table that has
+        none; ``None`` adds nothing.
     perturbation_embeddings
-        Table with a row a perturbation, for a model that was trained with the host's embeddings.
+        One row per perturbation, for a model that was trained with PerturBench's embeddings.
     external
-        External embeddings by name, for a model whose encoder of conditions reads such.
+        External embeddings by name, for a model whose condition encoder reads them.
     where
-        What errors call the table.
+        Name of the table in error messages.
 
     Raises
     ------
     InputError
-        If a column or a value is missing, a perturbation or a category unknown, a number of cells not positive
-        and whole, or a condition there twice. Rows are counted from 1, without the header.
+        If a column or value is missing, a perturbation or category is unknown, a number of cells is not a positive
+        integer, or a condition is repeated. Rows are counted from 1, without the header.
     """
     key, names = context["perturbation_key"], list(context["covariate_keys"] or ())
     check_columns(table, [*names, key], where)
     if table.empty:
         raise InputError(f"{where} has no row; give at least one condition")
-    check_values(table[[*names, key]], where)
+    check_values(pd.DataFrame(table[[*names, key]]), where)
     uniques = context.get("covariate_uniques") or {}
-    obs = pd.DataFrame({name: covariate_column(table[name], uniques[name], where) for name in names})
+    obs = pd.DataFrame({name: covariate_column(pd.Series(table[name]), uniques[name], where) for name in names})
     obs[key] = table[key].astype(str).to_numpy()
     counts = cell_counts(table, n_cells, where)
     if control_cells is not None:
@@ -129,17 +129,19 @@ def encode_conditions(
         perturbations = summed_embeddings(parts, perturbation_embeddings, key, where)
     else:
         perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
-    covariates = {name: covariate_tensor(obs[name], uniques[name]) for name in names}
+    covariates: dict[str, Tensor] = {
+        str(name): covariate_tensor(pd.Series(obs[name]), uniques[name]) for name in names
+    }
     return Conditions(obs, counts, perturbations, covariates, summed)
 
 
 def split_parts(label: str, context: Mapping[str, Any]) -> Parts:
-    """Perturbations that a label names in a model's training context; none for control."""
+    """Perturbations of a label in a model's training context; none for control."""
     return split_label(label, context["perturbation_combination_delimiter"], context["perturbation_control_value"])
 
 
 def check_columns(table: pd.DataFrame, wanted: Sequence[str], where: str) -> None:
-    """Raise `InputError` that names the columns that the table lacks and those that it has."""
+    """Raise `InputError` if the table lacks columns."""
     missing = [column for column in wanted if column not in table]
     if missing:
         has = quoted(table.columns) or "none"
@@ -147,7 +149,7 @@ def check_columns(table: pd.DataFrame, wanted: Sequence[str], where: str) -> Non
 
 
 def check_values(table: pd.DataFrame, where: str) -> None:
-    """Raise `InputError` for the first cell of the table that holds nothing."""
+    """Raise `InputError` for the first empty cell of the table."""
     blank = table.isna() | table.astype(str).apply(lambda column: column.str.strip() == "")
     if blank.to_numpy().any():
         row, column = np.argwhere(blank.to_numpy())[0]
@@ -157,9 +159,9 @@ def check_values(table: pd.DataFrame, where: str) -> None:
 
 
 def covariate_column(column: pd.Series, uniques: Sequence[Any] | None, where: str) -> np.ndarray:
-    """Values (N,) of a covariate: known categories as text, or float32 where ``uniques`` is ``None``."""
+    """Values (N,) of a covariate: known categories as text, or float32 if ``uniques`` is ``None``."""
     if uniques is None:
-        numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
+        numbers = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float32)
         if not np.isfinite(numbers).all():
             row = int(np.flatnonzero(~np.isfinite(numbers))[0])
             raise InputError(
@@ -176,7 +178,7 @@ def covariate_column(column: pd.Series, uniques: Sequence[Any] | None, where: st
             f"{with_nearest(unknown, known)}; "
             f"known values are {quoted(known)}"
         )
-    return text.to_numpy()
+    return np.asarray(text)
 
 
 def covariate_tensor(values: pd.Series, uniques: Sequence[Any] | None) -> Tensor:
@@ -188,7 +190,7 @@ def covariate_tensor(values: pd.Series, uniques: Sequence[Any] | None) -> Tensor
 
 
 def cell_counts(table: pd.DataFrame, n_cells: int, where: str) -> np.ndarray:
-    """Cells of each row (N,): the table's column, or ``n_cells`` for all."""
+    """Number of cells of each row (N,): the table's column, or ``n_cells`` for all."""
     if N_CELLS not in table:
         return np.full(len(table), whole_number(n_cells, N_CELLS))
     given = enumerate(table[N_CELLS], start=1)
@@ -196,15 +198,15 @@ def cell_counts(table: pd.DataFrame, n_cells: int, where: str) -> np.ndarray:
 
 
 def whole_number(value: Any, what: str) -> int:
-    """A positive whole number, also from text or a float; else `InputError`."""
-    number = pd.to_numeric(value, errors="coerce")
+    """Convert a number or text to a positive integer; `InputError` if that is impossible."""
+    number = float(pd.Series(pd.to_numeric(pd.Series([value]), errors="coerce")).iloc[0])
     if not (np.isfinite(number) and number >= 1 and number == int(number)):
         raise InputError(f"{what} must be a positive whole number, got {str(value)!r}")
     return int(number)
 
 
 def missing_controls(obs: pd.DataFrame, context: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows of ``obs`` for the control of each combination of covariates that lacks it, in order of appearance."""
+    """Control rows for the combinations of covariates in ``obs`` that have none, in order of appearance."""
     key, control = context["perturbation_key"], context["perturbation_control_value"]
     columns = [obs[name] for name in obs if name != key]
     groups = list(zip(*columns, strict=True)) if columns else [()] * len(obs)
@@ -217,7 +219,7 @@ def missing_controls(obs: pd.DataFrame, context: Mapping[str, Any]) -> pd.DataFr
 
 
 def check_distinct(obs: pd.DataFrame, parts: Sequence[Parts], key: str, where: str) -> None:
-    """Raise `InputError` if two rows are the same condition, be it with its parts in another order."""
+    """Raise `InputError` if two rows are the same condition, also if their parts are ordered differently."""
     covariates = obs.drop(columns=key)
     seen: dict[tuple, int] = {}
     for row, (names, values) in enumerate(zip(parts, covariates.to_numpy(dtype=object), strict=True)):
@@ -238,7 +240,7 @@ def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: s
     if unknown:
         raise InputError(
             f"{where}, column {key!r} has {counted(unknown, 'perturbation')} not seen in training, "
-            f"{with_nearest(unknown, columns)}; take names of the training cells, or train with "
+            f"{with_nearest(unknown, columns)}; use names of the training cells, or train with "
             "model/conditions=external"
         )
     encoded = torch.zeros(len(parts), len(columns))
@@ -248,7 +250,7 @@ def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: s
 
 
 def summed_embeddings(parts: Sequence[Parts], embeddings: pd.DataFrame, key: str, where: str) -> Tensor:
-    """Sums (N, W) of the parts' embeddings, each part once, in the order of their rows."""
+    """Sums (N, W) of the embeddings of the distinct parts, added in the order of their rows."""
     rows = {str(name): row for row, name in enumerate(embeddings.index)}
     unknown = list(dict.fromkeys(name for names in parts for name in names if name not in rows))
     if unknown:

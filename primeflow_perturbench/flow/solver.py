@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,6 @@ class ODESolver:
         times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
         # Without a step that ends exactly at `end`, torchdiffeq steps beyond it, where the network was never trained,
         # and interpolates back.
-        return odeint(field, x, times, method=self.method, rtol=self.rtol, atol=self.atol, options={"step_t": times[1:]})[
-            -1
-        ]
+        settings = {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": {"step_t": times[1:]}}
+        states: Any = odeint(field, x, times, **settings)
+        return states[-1]

@@ -21,14 +21,17 @@ class ConditionTensors(Protocol):
     @property
     def perturbations(self) -> Tensor:
         """Multi-hot perturbations (B, P)."""
+        ...
 
     @property
     def external(self) -> Tensor:
         """Summed external embeddings (B, E)."""
+        ...
 
     @property
     def context(self) -> Tensor:
         """Covariates and the null flag (B, F + 1)."""
+        ...
 
 
 class CovariateUnits(nn.Module):
@@ -49,6 +52,9 @@ class CovariateUnits(nn.Module):
     ValueError
         If a name is not a continuous covariate, or a unit is unknown.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, uniques: Mapping[str, Sequence[Any] | None], units: Mapping[str, Unit] | None = None):
         super().__init__()
@@ -165,6 +171,11 @@ class External(MultiHot):
     ValueError
         If there is no table, or a size is not positive.
     """
+
+    mean: Tensor
+    std: Tensor
+    table: Tensor
+    seen: Tensor
 
     def __init__(
         self,

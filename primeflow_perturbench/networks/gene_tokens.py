@@ -78,6 +78,11 @@ class OwnValues(nn.Module):
     # Where functions bend at first, in standard deviations of noise: few genes of a cell are above 2.
     BENDS = (-1.0, 0.5, 2.0, 4.0)
 
+    scale: nn.Parameter
+    shift: nn.Parameter
+    bias: nn.Parameter
+    read_out: nn.Parameter
+
     def __init__(self, width: int, functions: int):
         super().__init__()
         if functions < 1:
@@ -145,6 +150,11 @@ class GeneLayout(nn.Module):
             for norm in self.modules():
                 if isinstance(norm, nn.GroupNorm):
                     norm.num_groups = read_out_norm(self.length, norm.num_channels).num_groups
+
+    @property
+    def length(self) -> int:
+        """Positions of the sequence."""
+        raise NotImplementedError
 
     def draw(self) -> None:
         """Make the parameters that belong to places, with first values."""
@@ -279,6 +289,12 @@ class GenePatches(GeneLayout):
     OF_PLACES = ("bias", "direct_read_out")
     OF_SLOTS = ("read_in", "read_out", "own.scale", "own.shift", "own.bias", "own.read_out")
 
+    read_in: nn.Parameter
+    embedding: nn.Parameter
+    read_out: nn.Parameter
+    bias: nn.Parameter
+    direct_read_out: nn.Parameter
+
     def __init__(
         self,
         n_genes: int,
@@ -332,7 +348,7 @@ class GenePatches(GeneLayout):
         rows = projected_vectors(vectors, self.embedding.shape[1])
         total = nn.functional.pad(rows, padding).unflatten(0, (-1, self.patch)).sum(1)
         known = nn.functional.pad(vectors.any(dim=1, keepdim=True), padding).unflatten(0, (-1, self.patch)).sum(1)
-        self.embedding += (total / known.clamp(min=1)).to(self.embedding)
+        self.embedding.add_((total / known.clamp(min=1)).to(self.embedding))
 
     def patches(self, x: Tensor) -> Tensor:
         """Values (patches, B, patch) of expression (B, G), 0 where a patch has no gene."""
@@ -352,8 +368,10 @@ class GenePatches(GeneLayout):
         hidden = nn.functional.silu(self.norm(hidden)).permute(2, 0, 1)
         values = torch.bmm(hidden, self.read_out)
         if self.own is not None:
+            assert x is not None
             values = values + self.own(self.patches(x), hidden)
         values = values.transpose(0, 1).flatten(1)[:, : self.places] + self.bias
         if self.embedding_width:
+            assert embedding is not None
             values = values + nn.functional.silu(embedding) @ self.direct_read_out
         return self.to_genes(values)

@@ -52,7 +52,8 @@ class TimeConditionEmbedding(nn.Module):
             raise ValueError(f"an embedding of time and condition needs a width, positive and even, got {width}")
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition = nn.Sequential(nn.Linear(condition_width, width), nn.SiLU(), nn.Linear(width, width))
+        reads = nn.Linear(condition_width, width)
+        self.condition = nn.Sequential(reads, nn.SiLU(), nn.Linear(width, width))
 
     @torch.no_grad()
     def expect_multi_hot(self) -> None:
@@ -61,7 +62,7 @@ class TimeConditionEmbedding(nn.Module):
         A linear layer's first weights suppose that all C features are, and are 1 / sqrt(C) so small. To a few of them
         the embedding would hardly listen, and the network would learn late what a condition does.
         """
-        first = self.condition[0].weight
+        first = self.condition.get_parameter("0.weight")
         first.mul_(first.shape[1] ** 0.5)
 
     def forward(self, t: Tensor, condition: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ class GaussianPreconditioning(nn.Module):
         Least standard deviation of a gene, in log1p units, so that a gene never seen does not divide by zero.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, n_genes: int, smallest: float = 0.02):
         super().__init__()
         self.network, self.smallest = network, smallest

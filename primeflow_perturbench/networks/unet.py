@@ -1,6 +1,7 @@
 """One-dimensional U-Net along the gene axis."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class UNet(nn.Module):
             )
         widths = [channels * multiplier for multiplier in multipliers]
         embedding_width = 4 * channels
-        self.genes = genes(n_genes, channels)
+        self.genes: Any = genes(n_genes, channels)
         self.genes.read_embedding(embedding_width)
         self.embed = TimeConditionEmbedding(condition_width, embedding_width)
         self.stride = 2 ** (len(widths) - 1)
