@@ -219,9 +219,9 @@ def test_batches_and_merged_parts_give_the_statistics_of_the_whole():
     torch.testing.assert_close(means, merged[1])
     torch.testing.assert_close(counts, merged[2])
     assert counts.sum() == 200
-    key = condition("b", "Q+R").keys()[0]
-    mine = torch.tensor([other == key for other in conditions.keys()])  # noqa: SIM118, a method of Condition
-    row = found.keys().index(key)
+    key = condition("b", "Q+R").row_keys()[0]
+    mine = torch.tensor([other == key for other in conditions.row_keys()])
+    row = found.row_keys().index(key)
     torch.testing.assert_close(means[row], cells[mine].double().mean(0))
     assert counts[row] == mine.sum()
 

@@ -140,7 +140,7 @@ def test_a_training_perturbation_has_the_same_condition_by_name_and_in_a_batch()
     hot, summed = ExternalRows(model.conditions, CONTEXT).encode(parts, "condition", "the table")
     assert hot.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]
     covariates = {"line": torch.eye(2)[[0, 0, 1]], "dose": torch.ones(3, 1)}
-    assert model.encoder(hot, covariates, summed).keys() == model.encoder(hot, covariates).keys()
+    assert model.encoder(hot, covariates, summed).row_keys() == model.encoder(hot, covariates).row_keys()
 
 
 def test_an_unknown_perturbation_has_only_its_row_which_adds_to_those_of_known_ones():
