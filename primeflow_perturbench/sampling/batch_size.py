@@ -1,4 +1,4 @@
-"""How many cells share a forward on an accelerator: given, or measured, and fewer once memory has run out."""
+"""How many cells share a forward pass on an accelerator: set, or measured, and reduced if memory runs out."""
 
 import logging
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from primeflow_perturbench.errors import InputError
 log = logging.getLogger(__name__)
 
 TILE = 32
-# From here on a larger forward is no faster, and the host's memory holds several batches.
+# Larger passes are not faster, and the main memory holds several batches.
 MOST_TILES = 64
-# Share of free memory that a measured size may fill.
+# Share of the free memory that a measured size may use.
 FILLED = 0.8
 
 
 class BatchSize:
-    """Number of tiles, of `TILE` cells each, that share a forward.
+    """Number of tiles, of `TILE` cells each, that share a forward pass.
 
     Parameters
     ----------
     cells
-        Most cells on the device at once, at least one tile is; ``"auto"`` to judge by the memory that one tile takes.
+        Maximum number of cells in a pass, at least one tile; ``"auto"`` measures the memory of one tile.
 
     Attributes
     ----------
     tiles
-        Tiles of a forward; ``None`` until it is measured.
+        Tiles of a pass; ``None`` until measured.
 
     Raises
     ------
     InputError
-        If ``cells`` is neither.
+        If ``cells`` is neither a positive number nor ``"auto"``.
     """
 
     def __init__(self, cells: int | Literal["auto"] = 256):
@@ -43,20 +43,20 @@ class BatchSize:
         self._warned = False
 
     def measure(self, evaluate: Callable[[], object], device: torch.device) -> None:
-        """Choose the number of tiles that free memory holds.
+        """Choose the number of tiles that fit the free memory.
 
         Parameters
         ----------
         evaluate
             Evaluates the velocity of one tile.
         device
-            Where it does so.
+            Device of the evaluation.
         """
         if device.type != "cuda":
             self.tiles = BatchSize().tiles
             return
         torch.cuda.empty_cache()
-        # Not the allocator's own peak: to set that back would lose the peak of the training.
+        # The allocator's own peak is not used: resetting it would lose the peak of the training.
         before = torch.cuda.memory_reserved(device)
         try:
             evaluate()
@@ -68,23 +68,23 @@ class BatchSize:
         self.tiles = min(max(fitting, 1), MOST_TILES)
 
     def halve(self, tried: int) -> None:
-        """From now on take half of ``tried`` tiles, for which memory was too little; warn the first time.
+        """Use half of ``tried`` tiles from now on, because memory was insufficient; warn the first time.
 
         Raises
         ------
         InputError
-            If one tile was too much.
+            If a single tile did not fit.
         """
         if tried == 1:
             raise InputError(
-                f"the device has too little memory to generate {TILE} cells, the least that is generated together; "
-                "free its memory, take a smaller network or set accelerator=cpu"
+                f"the device has too little memory to generate {TILE} cells, the minimum; "
+                "free its memory, use a smaller network or set accelerator=cpu"
             )
         self.tiles = tried // 2
         if not self._warned:
             log.warning(
-                "The device has too little memory for %d cells in a forward; going on with %d, or fewer if need be. "
-                "The cells are the same.",
+                "The device has too little memory for %d cells in a forward pass; continuing with %d or fewer. The "
+                "generated cells are the same.",
                 tried * TILE,
                 self.tiles * TILE,
             )

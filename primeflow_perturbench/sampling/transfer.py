@@ -1,4 +1,4 @@
-"""Cells to a device and back without waiting for it."""
+"""Asynchronous copies between the CPU and a GPU."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,22 +10,21 @@ T = TypeVar("T")
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Tensor of the CPU on ``device``; a GPU copies it when its turn comes, from pinned memory."""
+    """Copy a CPU tensor to ``device``; to a GPU asynchronously, from pinned memory."""
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 class HostCopy:
-    """Values on their way to the CPU, in float32.
+    """Copy of values to the CPU, in float32.
 
-    On a GPU the copy goes to pinned memory behind the work that makes the values, and holds up nothing that is launched
-    after it.
+    On a GPU the copy is queued behind the computation of the values and does not block work that is launched later.
 
     Parameters
     ----------
     x
-        The values, perhaps still being computed.
+        The values, which may still be computed.
     """
 
     def __init__(self, x: Tensor):
@@ -39,14 +38,14 @@ class HostCopy:
         self._done.record(torch.cuda.current_stream(x.device))
 
     def wait(self) -> Tensor:
-        """The values on the CPU, once they are there."""
+        """Wait for the copy and return it."""
         if self._done is not None:
             self._done.synchronize()
         return self._copy
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:
-    """The items, each given out once the next one has been made."""
+    """Yield each item after the next one has been created."""
     iterator = iter(items)
     for held in iterator:
         for following in iterator:

@@ -14,14 +14,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, final_fraction: float = 0.0
 ) -> SequentialLR:
-    """Linear warm-up to the optimiser's learning rate, then half a cosine down (Loshchilov and Hutter 2017).
+    """Linear warm-up to the optimizer's learning rate, then half a cosine down (Loshchilov and Hutter 2017).
 
     Parameters
     ----------
     optimizer
-        What is scheduled; its learning rate is the peak.
+        Optimizer, whose learning rate is the peak.
     warmup_steps
-        Steps of the warm-up; a tenth of a shorter run is used instead.
+        Steps of the warm-up, at most a tenth of the run.
     total_steps
         Steps of the whole run.
     final_fraction
@@ -33,7 +33,7 @@ def warmup_cosine(
         If ``total_steps`` is not positive.
     """
     if total_steps < 1:
-        raise ValueError(f"a cosine schedule needs the number of steps: set trainer.max_steps, got {total_steps}")
+        raise ValueError(f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total_steps}")
     warmup_steps = max(1, min(warmup_steps, total_steps // 10))
     warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps)
     falling = cosine(optimizer, max(1, total_steps - warmup_steps), final_fraction)
@@ -41,11 +41,11 @@ def warmup_cosine(
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, final_fraction: float) -> LRScheduler:
-    """Half a cosine from each group's learning rate to that share of it, in so many steps."""
+    """Half a cosine from the learning rate of each group to ``final_fraction`` of it, in ``steps`` steps."""
     peaks = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
     if len(peaks) == 1:
         return CosineAnnealingLR(optimizer, steps, eta_min=final_fraction * peaks.pop())
-    # Torch's has one floor for all groups.
+    # PyTorch's schedule has one final rate for all groups.
     return LambdaLR(optimizer, partial(share_of_peak, steps=steps, final_fraction=final_fraction))
 
 
@@ -61,16 +61,16 @@ def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     ----------
     config
         ``{conf: partial, dependencies: {argument: "optimizer"}, extras: {monitor, interval, frequency}}``.
-        Where ``conf`` takes ``total_steps`` and has ``None`` for it, it gets the steps of the run.
+        If ``conf`` takes ``total_steps`` and has ``None`` for it, the number of steps of the run is passed.
     optimizer
-        What is scheduled.
+        Optimizer to schedule.
     trainer
-        Knows how long the run is.
+        Trainer, which knows the number of steps.
 
     Raises
     ------
     ValueError
-        If the run has no end and the schedule needs one.
+        If the schedule needs the number of steps and the run has no end.
     """
     conf = config["conf"]
     arguments = {argument: {"optimizer": optimizer}[name] for argument, name in config["dependencies"].items()}
@@ -78,6 +78,6 @@ def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     if takes_steps and getattr(conf, "keywords", {}).get("total_steps") is None:
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise ValueError("the schedule needs an end of training: set trainer.max_steps or trainer.max_epochs")
+            raise ValueError("the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs")
         arguments["total_steps"] = int(steps)
     return {"scheduler": conf(**arguments), **(config.get("extras") or {})}

@@ -9,10 +9,10 @@ MIB = 2**20
 
 
 class Memory:
-    """A GPU's memory with ``free`` MiB; a tile's forward reserves ``tile`` MiB more, and keeps ``kept`` of them."""
+    """A GPU with ``free`` MiB of memory; evaluating a tile reserves ``tile`` MiB."""
 
-    def __init__(self, monkeypatch, free, tile, kept=0):
-        self.free, self.tile, self.kept = free, tile, kept
+    def __init__(self, monkeypatch, free, tile):
+        self.free, self.tile = free, tile
         self.reserved, self.allocated = 500, 400
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: self.reserved * MIB)
@@ -26,24 +26,24 @@ class Memory:
 
 
 @pytest.mark.parametrize(("cells", "tiles"), [(1, 1), (31, 1), (32, 1), (64, 2), (100, 3), ("auto", None)])
-def test_cells_are_whole_tiles_and_at_least_one(cells, tiles):
+def test_a_pass_has_whole_tiles_and_at_least_one(cells, tiles):
     assert BatchSize(cells).tiles == tiles
 
 
 @pytest.mark.parametrize("cells", [0, -5, "all"])
-def test_anything_else_is_refused(cells):
+def test_any_other_size_is_an_error(cells):
     with pytest.raises(InputError, match=f"sample_batch_size must be at least 1, or 'auto', got {cells!r}"):
         BatchSize(cells)
 
 
-def test_a_measured_size_fills_the_free_memory_and_what_the_allocator_holds_unused(monkeypatch):
+def test_a_measured_size_uses_free_memory_and_unused_memory_of_the_allocator(monkeypatch):
     memory, size = Memory(monkeypatch, free=1000, tile=50), BatchSize("auto")
     size.measure(memory.forward, GPU)
-    # 1000 free at first, and 100 reserved but not allocated: 1100 MiB at 50 a tile.
+    # 1000 free at first, and 100 reserved but not allocated: 1100 MiB at 50 MiB per tile.
     assert size.tiles == int(FILLED * 1100 / 50)
 
 
-def test_a_measured_size_is_never_without_bounds(monkeypatch):
+def test_a_measured_size_has_bounds(monkeypatch):
     sizes = []
     for tile in (950, 0, 1):
         memory, size = Memory(monkeypatch, free=1000, tile=tile), BatchSize("auto")
@@ -58,13 +58,13 @@ def test_a_tile_that_does_not_fit_is_an_error(monkeypatch):
         BatchSize("auto").measure(memory.forward, GPU)
 
 
-def test_an_accelerator_that_does_not_tell_its_memory_gets_the_usual_size():
+def test_an_accelerator_that_does_not_report_its_memory_gets_the_default_size():
     size = BatchSize("auto")
     size.measure(lambda: pytest.fail("measured"), torch.device("mps"))
     assert size.tiles == BatchSize().tiles > 1
 
 
-def test_half_of_what_was_tried_is_taken_with_one_warning(caplog):
+def test_halving_warns_once(caplog):
     size = BatchSize(320)
     for tried, tiles in ((10, 5), (5, 2), (2, 1)):
         size.halve(tried)

@@ -320,7 +320,7 @@ def test_a_pass_that_is_too_large_is_halved_until_it_fits_and_stays_halved(caplo
     assert set(network.rows) == {2 * TILE, TILE}
     torch.testing.assert_close(cells, generated(condition), rtol=1e-5, atol=1e-5)
     assert len(caplog.records) == 1
-    assert "too little memory for 512 cells in a forward; going on with 256" in caplog.text
+    assert "too little memory for 512 cells in a forward pass; continuing with 256" in caplog.text
     cells_of(sampler, condition)
     assert len(network.failed) == 3
 
@@ -345,7 +345,7 @@ def test_a_batch_that_runs_out_of_memory_halfway_is_repeated():
 
 
 def test_a_tile_that_does_not_fit_is_an_input_error():
-    with pytest.raises(InputError, match="too little memory to generate 32 cells, .*; free its memory, take a smaller"):
+    with pytest.raises(InputError, match="too little memory to generate 32 cells, the minimum; free its memory, use a smaller"):
         generated(repeated(A=200), SharedPasses, SmallDevice(TILE - 1), sample_batch_size=128)
 
 

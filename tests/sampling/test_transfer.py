@@ -4,7 +4,7 @@ import torch
 from primeflow_perturbench.sampling.transfer import HostCopy, one_behind, to_device
 
 
-def test_values_of_the_cpu_are_there_at_once_in_float32():
+def test_a_copy_on_the_cpu_is_immediate_and_in_float32():
     x = torch.arange(6.0, dtype=torch.float64).view(2, 3)
     copy = HostCopy(x).wait()
     assert copy.dtype == torch.float32
@@ -13,7 +13,7 @@ def test_values_of_the_cpu_are_there_at_once_in_float32():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_values_of_a_gpu_arrive_whole_while_it_goes_on():
+def test_copies_from_a_gpu_are_complete_although_it_continues():
     x = torch.randn(4000, 4000, generator=torch.Generator().manual_seed(0))
     on_gpu = to_device(x, torch.device("cuda"))
     copies = []
@@ -26,7 +26,7 @@ def test_values_of_a_gpu_arrive_whole_while_it_goes_on():
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
-def test_each_item_is_given_out_once_the_next_one_is_made(n):
+def test_each_item_is_yielded_after_the_next_one_is_created(n):
     made = []
 
     def items():

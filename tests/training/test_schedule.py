@@ -13,7 +13,7 @@ PEAK = 0.02
 
 
 def rates(steps, **schedule):
-    """Learning rate at each of ``steps`` optimiser steps and after the last."""
+    """Learning rate at each of ``steps`` optimizer steps and after the last."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     scheduler = warmup_cosine(optimizer, **schedule)
     found = []
@@ -33,13 +33,13 @@ def closed_form(step, warmup, total, final=0.0):
 
 @pytest.mark.parametrize("final", [0.0, 0.1])
 @pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 100), (7, 73), (20, 200)])
-def test_every_step_has_the_rate_of_the_closed_form(warmup, total, final):
+def test_every_step_has_the_rate_of_the_formula(warmup, total, final):
     found = rates(total, warmup_steps=warmup, total_steps=total, final_fraction=final)
     expected = [closed_form(step, warmup, total, final) for step in range(total + 1)]
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_landmarks():
+def test_the_schedule_passes_its_landmarks():
     found = rates(100, warmup_steps=10, total_steps=100)
     assert found[0] == pytest.approx(PEAK / 10)
     assert found[10] == pytest.approx(PEAK)
@@ -62,17 +62,17 @@ def test_a_run_of_one_step_trains_at_the_peak(warmup):
     assert rates(1, warmup_steps=warmup, total_steps=1)[0] == PEAK
 
 
-def test_the_final_fraction_is_where_it_ends():
+def test_the_schedule_ends_at_the_final_fraction():
     assert rates(40, warmup_steps=4, total_steps=40, final_fraction=0.25)[-1] == pytest.approx(PEAK / 4)
 
 
 @pytest.mark.parametrize("total", [0, -1])
-def test_a_run_without_a_length_is_refused(total):
+def test_a_run_without_steps_is_an_error(total):
     with pytest.raises(ValueError, match=f"set trainer.max_steps, got {total}"):
         rates(1, warmup_steps=1, total_steps=total)
 
 
-def test_a_restored_schedule_goes_on_where_it_was():
+def test_a_restored_schedule_continues():
     schedule = {"warmup_steps": 4, "total_steps": 40}
     whole = rates(20, **schedule)
 
@@ -93,7 +93,7 @@ def test_a_restored_schedule_goes_on_where_it_was():
         restored.step()
 
 
-def test_the_schedule_gives_no_warning():
+def test_the_schedule_warns_about_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rates(30, warmup_steps=3, total_steps=30)
@@ -106,7 +106,7 @@ def entry(conf, steps=80, extras=None):
     return build_schedule(config, optimizer, SimpleNamespace(estimated_stepping_batches=steps)), optimizer
 
 
-def test_an_open_length_is_the_runs():
+def test_an_open_length_becomes_that_of_the_run():
     given, optimizer = entry(partial(warmup_cosine, warmup_steps=8, total_steps=None), extras={"interval": "step"})
     assert given["interval"] == "step"
     for step in range(80):
@@ -115,7 +115,7 @@ def test_an_open_length_is_the_runs():
         given["scheduler"].step()
 
 
-def test_a_given_length_stays():
+def test_a_given_length_is_kept():
     given, optimizer = entry(partial(warmup_cosine, warmup_steps=2, total_steps=20))
     for _ in range(20):
         optimizer.step()
@@ -123,11 +123,11 @@ def test_a_given_length_stays():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_schedule_without_a_length_is_left_alone():
+def test_a_schedule_without_a_length_gets_none():
     given, _ = entry(partial(torch.optim.lr_scheduler.StepLR, step_size=3), steps=math.inf)
     assert isinstance(given["scheduler"], torch.optim.lr_scheduler.StepLR)
 
 
-def test_a_run_without_an_end_is_refused():
+def test_a_run_without_an_end_is_an_error():
     with pytest.raises(ValueError, match=r"set trainer.max_steps or trainer.max_epochs"):
         entry(partial(warmup_cosine, warmup_steps=8, total_steps=None), steps=math.inf)
