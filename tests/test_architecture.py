@@ -32,10 +32,6 @@ HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in na
 # Temporary: imports that still point up, as (importer, imported). Remove an entry with its import; add none.
 UPWARD: set[tuple[str, str]] = {
     ("finetuning.weight_transfer", "model"),
-    ("model", "training.noise"),
-    ("model", "training.optimizer"),
-    ("model", "training.parameter_groups"),
-    ("model", "training.schedule"),
     ("pretrained.folder", "model"),
     ("pretrained.folder", "training.provenance"),
     ("pretrained.from_run", "model"),
@@ -53,7 +49,6 @@ FOLDER_CYCLES: set[tuple[str, str]] = {
     ("finetuning", "model"),
     ("model", "finetuning"),
     ("model", "pretrained"),
-    ("model", "training"),
     ("pretrained", "model"),
     ("pretrained", "training"),
     ("training", "finetuning"),

@@ -30,7 +30,7 @@ def vectors(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("genes", [GeneTokens, GenePatches])
+@pytest.mark.parametrize("genes", [GeneTokens, partial(GenePatches, patch=4)])
 def test_genes_get_the_vectors_of_their_names(genes, vectors):
     started, plain, expected = network(genes, initial_vectors=vectors), network(genes), network(genes)
     set_gene_metadata(started, NAMES)
