@@ -1,32 +1,24 @@
 """PRiMeFlow as a PerturBench model: hooks and steps. The method itself lives in the packages imported here."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from primeflow_perturbench.calibration import training_cells
 from primeflow_perturbench.calibration.marginals import Marginals
 from primeflow_perturbench.conditions.condition import Condition, ConditionEncoder
-from primeflow_perturbench.conditions.embedding_tables import ExternalRows, seen_in_training, with_tables
+from primeflow_perturbench.conditions.embedding_tables import ExternalRows, with_tables
 from primeflow_perturbench.conditions.table import Conditions
-from primeflow_perturbench.errors import InputError, quoted
-from primeflow_perturbench.expression.control_pool import ControlPool, ControlReservoir
-from primeflow_perturbench.expression.detection_limit import learn_detection_limit
-from primeflow_perturbench.expression.gene_metadata import set_gene_metadata
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.expression.control_pool import ControlPool
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace, check_gene_settings
-from primeflow_perturbench.expression.statistics import (
-    ExpressionStatistics,
-    MarginalStatistics,
-    TrainingStatistics,
-    check_log1p,
-)
+from primeflow_perturbench.expression.statistics import check_log1p
 from primeflow_perturbench.expression.unmeasured import check_unmeasured, fill_unmeasured
 from primeflow_perturbench.finetuning.weight_transfer import take_over
 from primeflow_perturbench.flow.coupling import COUPLINGS, check_coupling
@@ -36,23 +28,20 @@ from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.path import PathSample, StraightPath
 from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
 from primeflow_perturbench.networks.condition_embedding import External, MultiHot
-from primeflow_perturbench.networks.layers import TimeConditionEmbedding
+from primeflow_perturbench.networks.layers import expect_multi_hot
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.folder import load_model, save_model
 from primeflow_perturbench.pretrained.sample import sample_conditions
 from primeflow_perturbench.sampling.batch_size import BatchSize
-from primeflow_perturbench.sampling.generate import control_pool, stream_cells
+from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
 from primeflow_perturbench.sampling.sampler import Block, gather
 from primeflow_perturbench.sampling.settings import SamplingSettings
-
-log = logging.getLogger(__name__)
 
 PerturbationModel = load("modelcore.models.PerturbationModel")
 Batch = load("data.types.Batch")
 
-# Streams of random numbers.
-TRAIN, VALIDATE = 0, 1
+TRAIN, VALIDATE = 0, 1  # streams of random numbers
 
 
 class PRiMeFlow(PerturbationModel):
@@ -68,19 +57,13 @@ class PRiMeFlow(PerturbationModel):
     network
         ``(n_coordinates, condition_width) -> nn.Module``, a velocity network of `networks`.
     conditions
-        ``(n_perturbations, covariates) -> nn.Module``, what the network reads of a condition, see
-        `networks.condition_embedding`.
+        ``(n_perturbations, covariates) -> nn.Module``, see `networks.condition_embedding`.
     space
         ``(n_genes) -> nn.Module``, the space of the flow, see `expression.space`.
-    objective
-        Settings of training; ``None`` is the default `Objective`.
-    sampler
-        Settings of sampling; ``None`` is the default `SamplingSettings`.
-    optimizer
-        A `training.optimizer.GroupedAdam`; ``None`` is PerturBench's Adam for all parameters.
-    lr, wd
-        Learning rate and weight decay of Adam.
-    lr_scheduler
+    objective, sampler
+        Settings of training and of sampling; ``None`` is the default `Objective` or `SamplingSettings`.
+    optimizer, lr, wd, lr_scheduler
+        `training.optimizer.GroupedAdam` or ``None`` for PerturBench's Adam, learning rate, weight decay, and
         PerturBench's configuration of a scheduler, ``{conf, dependencies, extras}``.
     seed
         Seed of the initial weights, of training noise and of sampling; ``None`` is 0.
@@ -92,9 +75,9 @@ class PRiMeFlow(PerturbationModel):
     """
 
     COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls", "AtlasPerturbation")
-    # Number of cells that suffices for the statistics of genes.
-    STATISTICS_CELLS = 100_000
+    STATISTICS_CELLS = 100_000  # enough for the statistics of genes
 
+    # Long because of its signature and the call of PerturBench's constructor.
     def __init__(
         self,
         n_genes: int,
@@ -118,7 +101,7 @@ class PRiMeFlow(PerturbationModel):
     ):
         objective, sampler = objective or Objective(), sampler or SamplingSettings()
         if sampler.guidance != 1 and objective.condition_dropout == 0:
-            raise InputError(f"guidance {sampler.guidance} needs a null condition: train with condition_dropout above 0")
+            raise InputError(f"guidance {sampler.guidance} needs a null condition: set condition_dropout above 0")
         # PerturBench passes vocabularies as configuration where it instantiates the whole configuration at once.
         context = as_plain(context)
         # The tables are replaced by their rows, so that a checkpoint does not depend on files.
@@ -136,8 +119,7 @@ class PRiMeFlow(PerturbationModel):
             lr_scheduler=lr_scheduler,
         )
         self.save_hyperparameters(logger=False)
-        self.objective, self.sampler, self.seed = objective, sampler, seed or 0
-        self.optimizer = optimizer
+        self.objective, self.sampler, self.optimizer, self.seed = objective, sampler, optimizer, seed or 0
         self.gene_names = None if gene_names is None else list(gene_names)
         self.covariates = context.get("covariate_uniques") or {}
         self.space, self.path = space(n_genes), StraightPath()
@@ -147,9 +129,7 @@ class PRiMeFlow(PerturbationModel):
             self.conditions = conditions(self.n_input_perturbation_features, self.covariates)
             self.network = network(self.space.width, self.conditions.width)
             if type(self.conditions) is MultiHot and perturbation_embedding_width is None:
-                for module in self.network.modules():
-                    if isinstance(module, TimeConditionEmbedding):
-                        module.expect_multi_hot()
+                expect_multi_hot(self.network)
         if perturbation_embedding_width is not None and type(self.conditions) is not MultiHot:
             raise InputError(
                 "perturbation_embeddings_path of the data replaces perturbations by embeddings; remove it and pass the "
@@ -157,8 +137,7 @@ class PRiMeFlow(PerturbationModel):
             )
         if rows is not None:
             self.conditions.set_rows(rows)
-        external = self.conditions if isinstance(self.conditions, External) else None
-        self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates, external)
+        self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates, self.conditions)
         if isinstance(self.space, PCASpace):
             check_gene_settings(self.network)
         if objective.precondition:
@@ -173,13 +152,10 @@ class PRiMeFlow(PerturbationModel):
         self.controls: ControlPool | None = None
         self.marginals: Marginals | None = None
         self.taken_over: dict[str, Any] | None = None
-        self._reported: set[str] = set()
+        self.uncalibrated_labels: set[str] = set()
 
     def take_over(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-        """Start from the weights of a checkpoint, matched by name, see `finetuning.weight_transfer`.
-
-        What is learned without gradients is learned again from the cells that the model is fitted to.
-        """
+        """Start from the weights of a checkpoint, matched by name, see `finetuning.weight_transfer`."""
         self.taken_over = take_over(self, checkpoint)
         return self.taken_over
 
@@ -187,66 +163,19 @@ class PRiMeFlow(PerturbationModel):
         """The optimizer and scheduler of the settings; PerturBench's Adam if the model has no ``optimizer``."""
         if self.optimizer is None:
             return super().configure_optimizers()
-        settings = self.hparams
-        return self.optimizer.configure(self, settings.lr, settings.wd, as_plain(settings.lr_scheduler))
+        return self.optimizer.configure(self, self.hparams.lr, self.hparams.wd, as_plain(self.hparams.lr_scheduler))
 
     def on_fit_start(self) -> None:
         """Read the training cells once: reject what is not log1p expression, learn what needs no gradients."""
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow reads the training cells before it trains: fit it with a data module")
-        if self._unmeasured_are_nan:
-            space = "pca" if isinstance(self.space, PCASpace) else "genes"
-            check_unmeasured(self.objective.source, self.objective.coupling, self.sampler.calibrate, space)
+        if self.unmeasured_are_nan:
+            check_unmeasured(self.objective, self.sampler.calibrate, isinstance(self.space, PCASpace))
         check_coupling(self.objective.coupling)
-        statistics = self._collect()
+        statistics = training_cells.collect(self)
         check_log1p(statistics.expression)
-        resumed = self.trainer.ckpt_path is not None and self.learned_detection_limit is not None
-        if not resumed:
-            self._learn(statistics)
-
-    def _collect(self) -> TrainingStatistics:
-        """Statistics of the training cells of all processes."""
-        from_controls = self.objective.source == "control"
-        statistics = TrainingStatistics(
-            expression=ExpressionStatistics(unmeasured_are_nan=self._unmeasured_are_nan),
-            controls=ControlReservoir(self.objective.source_cells) if from_controls else None,
-            marginals=None if self.sampler.calibrate == "none" else MarginalStatistics(),
-            kept_cells=self.space.fit_cells,
-        )
-        for batch in self.trainer.datamodule.train_dataloader():
-            condition = self.encoder(batch.perturbations, batch.covariates).without_external()
-            statistics.add(condition, batch.gene_expression)
-            enough = statistics.expression.cells * self._world_size >= self.STATISTICS_CELLS
-            if enough and (statistics.controls is None or statistics.controls.complete):
-                break
-        if self._world_size == 1:
-            return statistics
-        everyone: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(everyone, statistics)
-        return TrainingStatistics.merge(everyone)
-
-    def _learn(self, statistics: TrainingStatistics) -> None:
-        """Learn what needs no gradients."""
-        cells = statistics.cells
-        if self._unmeasured_are_nan:
-            self.gene_means = statistics.expression.mean.float()
-        if self.learned_detection_limit is None:
-            # Weights that were trained, here or in a checkpoint, keep the space and gene metadata of their training.
-            if self.taken_over is None:
-                set_gene_metadata(self.network, self.gene_names)
-                self.space.fit(cells)
-                self.conditions.covariates.set_statistics(*statistics.covariates.moments())
-            if isinstance(self.conditions, External):
-                names = self.training_record["train_context"]["perturbation_uniques"]
-                self.conditions.set_seen(seen_in_training(self.trainer.datamodule, names))
-        self.learned_detection_limit = learn_detection_limit(statistics.expression)
-        if statistics.marginals is not None:
-            self.marginals = Marginals.fit(self.encoder, statistics.marginals)
-        if isinstance(self.network, GaussianPreconditioning):
-            self.network.set_statistics(*self.space.statistics(statistics.expression, cells))
-        if statistics.controls is not None:
-            encode = lambda x: self.space.encode(x.to(self.device))  # noqa: E731
-            self.controls = ControlPool.fit(statistics.controls, encode, self.covariates)
+        if self.trainer.ckpt_path is None or self.learned_detection_limit is None:
+            training_cells.learn(self, statistics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
@@ -279,7 +208,7 @@ class PRiMeFlow(PerturbationModel):
     def _sample(self, expression: Tensor, condition: Condition, *stream: int) -> tuple[PathSample, Noise]:
         """Points on paths to cells (B, G), and all random numbers of the batch."""
         x_1 = self.space.encode(expression)
-        noise = batch_noise(x_1, [self.seed % 2**32, *stream], self.global_rank, self._world_size)
+        noise = batch_noise(x_1, [self.seed % 2**32, *stream], self.global_rank, self.world_size)
         x_0, groups = noise.x_0, None
         if self.objective.source == "control":
             self.controls = control_pool(self).to(x_1.device)
@@ -289,29 +218,22 @@ class PRiMeFlow(PerturbationModel):
         return self.path.sample(x_0, x_1, noise.t), noise
 
     @property
-    def _world_size(self) -> int:
+    def world_size(self) -> int:
+        """Number of processes that train."""
         return 1 if self._trainer is None else self.trainer.world_size
 
     @property
-    def _unmeasured_are_nan(self) -> bool:
+    def unmeasured_are_nan(self) -> bool:
         """Whether NaN in a batch marks a gene that was not measured."""
         return self._trainer is not None and getattr(self.trainer.datamodule, "unmeasured_are_nan", False)
 
     def _filled(self, expression: Tensor) -> tuple[Tensor, Tensor | None]:
         """Expression (B, G) without gaps, and what was measured; ``None`` means everything."""
-        return fill_unmeasured(expression, self.gene_means) if self._unmeasured_are_nan else (expression, None)
+        return fill_unmeasured(expression, self.gene_means) if self.unmeasured_are_nan else (expression, None)
 
     def _share(self, counted: int | Tensor) -> Tensor | float:
-        """Factor that turns the mean over devices of mean losses into the mean over all cells or measured values.
-
-        The last batch is divided unevenly between devices, and data sets measure different genes.
-
-        Parameters
-        ----------
-        counted
-            Number of cells or measured values on this device.
-        """
-        if self._world_size == 1:
+        """Factor of the mean loss of ``counted`` cells or values, for devices that hold different numbers."""
+        if self.world_size == 1:
             return 1.0
         count = torch.tensor(float(counted), device=self.device)
         return count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
@@ -330,48 +252,18 @@ class PRiMeFlow(PerturbationModel):
 
     def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
         """Generated cells of a batch; ``cells_per_condition`` of each condition where that is set."""
-        batch, obs = data_tuple
-        rows, context = np.arange(len(obs)), self.training_record["train_context"]
-        if (per_condition := self.sampler.cells_per_condition) is not None:
-            columns = [*(context["covariate_keys"] or ()), context["perturbation_key"]]
-            rows = np.repeat(np.flatnonzero(~obs[columns].duplicated().to_numpy()), per_condition)
-        condition = self.encoder(batch.perturbations, batch.covariates)[rows]
-        obs = obs.iloc[rows].copy()
-        self._report_uncalibrated(condition, obs[context["perturbation_key"]])
-        cells = self.generate(condition)
-        obs.index = [f"cell{index}" for index in range(len(obs))]
-        if "_condition_idx" in obs:
-            position = obs.groupby("_condition_idx", observed=True).cumcount()
-            obs.index = [f"{c}_{i}" for c, i in zip(obs["_condition_idx"], position, strict=True)]
-        names = self.gene_names or batch.gene_names
-        return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
+        return generate_table(self, *data_tuple)
 
     def external_rows(self, tables: Any) -> ExternalRows | None:
         """External embeddings by name, with those of ``tables`` beside the model's own; ``None`` if it uses none."""
-        if not isinstance(self.conditions, External):
-            return None
-        return ExternalRows(self.conditions, self.training_record["train_context"], tables)
+        context = self.training_record["train_context"]
+        return ExternalRows(self.conditions, context, tables) if isinstance(self.conditions, External) else None
 
     def encode(self, conditions: Conditions) -> Condition:
         """Conditions (N) of a checked table; warns once about those that calibration does not cover."""
         condition = self.encoder(conditions.perturbations, conditions.covariates, conditions.external)
-        key = self.training_record["train_context"]["perturbation_key"]
-        self._report_uncalibrated(condition, conditions.obs[key])
+        warn_uncalibrated(self, condition, conditions.obs[self.training_record["train_context"]["perturbation_key"]])
         return condition
-
-    def _report_uncalibrated(self, condition: Condition, labels: Sequence[str]) -> None:
-        """Warn once about each label (N,) whose condition (N) calibration does not cover."""
-        if self.sampler.calibrate == "none":
-            return
-        known = condition.is_known.tolist()
-        new = {str(label) for label, is_known in zip(labels, known, strict=True) if not is_known} - self._reported
-        if new:
-            self._reported |= new
-            log.warning(
-                "%d labels have perturbations that training lacks; their cells are generated without calibration: %s",
-                len(new),
-                quoted(sorted(new)),
-            )
 
     def sample(
         self,
@@ -380,29 +272,7 @@ class PRiMeFlow(PerturbationModel):
         seed: int | None = None,
         perturbation_embeddings: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
     ) -> ad.AnnData:
-        """Generate cells of conditions, measured or not.
-
-        Parameters
-        ----------
-        conditions
-            One mapping or row per condition, with the perturbation and all covariates under their column names in
-            training; the perturbation may also be called ``perturbation``. Combinations are written as in training.
-        n
-            Number of cells of each condition; a value ``n_cells`` of a condition takes precedence.
-        seed
-            Seed of these cells; ``None`` is the model's.
-        perturbation_embeddings
-            One row per perturbation, for a model trained with embeddings; several tables if training had several.
-
-        Returns
-        -------
-        Sparse log1p expression, with conditions in ``obs`` and genes in ``var_names``.
-
-        Raises
-        ------
-        InputError
-            If a condition is incomplete, or has a label that training lacks and that has no embedding.
-        """
+        """Generate cells of conditions, measured or not; see `pretrained.sample.sample_conditions`."""
         return sample_conditions(self, conditions, n, seed, perturbation_embeddings)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
@@ -417,25 +287,12 @@ class PRiMeFlow(PerturbationModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is learned without gradients."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["primeflow"] = {"detection_limit": self.learned_detection_limit}
-        if self.gene_means is not None:
-            # Outside of "primeflow", which is shared with the model: only training needs them.
-            checkpoint["gene_means"] = self.gene_means
-        if self.controls is not None:
-            checkpoint["primeflow"]["controls"] = self.controls.state()
-        if self.marginals is not None:
-            checkpoint["primeflow"]["marginals"] = self.marginals.state()
+        training_cells.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what is learned without gradients."""
         super().on_load_checkpoint(checkpoint)
-        kept = checkpoint.get("primeflow", {})
-        self.learned_detection_limit = kept.get("detection_limit")
-        self.gene_means = checkpoint.get("gene_means")
-        if "controls" in kept:
-            self.controls = ControlPool.from_state(kept["controls"])
-        if "marginals" in kept:
-            self.marginals = Marginals.from_state(kept["marginals"])
+        training_cells.restore(self, checkpoint)
 
 
 def as_plain(value: Any) -> Any:

@@ -35,15 +35,12 @@ UPWARD: set[tuple[str, str]] = {
     ("pretrained.folder", "model"),
     ("pretrained.folder", "training.provenance"),
     ("pretrained.from_run", "model"),
-    ("pretrained.sample", "model"),
 }
 CYCLIC: set[tuple[str, str]] = {
     ("finetuning.weight_transfer", "model"),
     ("model", "finetuning.weight_transfer"),
     ("model", "pretrained.folder"),
-    ("model", "pretrained.sample"),
     ("pretrained.folder", "model"),
-    ("pretrained.sample", "model"),
 }
 FOLDER_CYCLES: set[tuple[str, str]] = {
     ("finetuning", "model"),

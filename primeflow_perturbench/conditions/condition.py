@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from primeflow_perturbench.networks.condition_embedding import External
 
@@ -120,8 +120,9 @@ class ConditionEncoder:
         Features of a perturbation: P for multi-hot, W for PerturBench's embeddings.
     covariate_uniques
         Categories by covariate name, ``None`` for a continuous covariate (one feature).
-    external
-        Encoder that holds external embeddings (E features) of the P perturbations; ``None`` for none.
+    conditions
+        A module of `networks.condition_embedding`; an `External` holds external embeddings (E features) of the P
+        perturbations.
 
     Attributes
     ----------
@@ -135,10 +136,11 @@ class ConditionEncoder:
         self,
         perturbation_width: int,
         covariate_uniques: Mapping[str, Sequence[Any] | None],
-        external: External | None = None,
+        conditions: nn.Module | None = None,
     ):
-        self.perturbation_width, self._external = perturbation_width, external
-        self.external_width = 0 if external is None else external.external_width
+        self.perturbation_width = perturbation_width
+        self._external = conditions if isinstance(conditions, External) else None
+        self.external_width = 0 if self._external is None else self._external.external_width
         self.covariate_widths = {
             name: 1 if uniques is None else len(uniques) for name, uniques in covariate_uniques.items()
         }

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.flow.objective import Objective
 
 
 def fill_unmeasured(expression: Tensor, gene_means: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,9 +36,10 @@ WITHOUT_EVERY_GENE = {
 }
 
 
-def check_unmeasured(source: str, coupling: str, calibrate: str, space: str) -> None:
+def check_unmeasured(objective: Objective, calibrate: str, pca: bool) -> None:
     """Raise `InputError` if a setting of the model needs every gene of every cell."""
-    for (key, needed), value in zip(WITHOUT_EVERY_GENE.items(), (source, coupling, calibrate, space), strict=True):
+    values = (objective.source, objective.coupling, calibrate, "pca" if pca else "genes")
+    for (key, needed), value in zip(WITHOUT_EVERY_GENE.items(), values, strict=True):
         if value != needed:
             raise InputError(
                 f"{key}={value} needs every gene of every cell, but some files of the atlas lack genes: set "

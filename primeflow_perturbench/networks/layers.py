@@ -70,6 +70,13 @@ class TimeConditionEmbedding(nn.Module):
         return self.time(sinusoidal_embedding(t, self.width)) + self.condition(condition)
 
 
+def expect_multi_hot(network: nn.Module) -> None:
+    """Prepare a network for conditions with few features that are not 0, see `TimeConditionEmbedding`."""
+    for module in network.modules():
+        if isinstance(module, TimeConditionEmbedding):
+            module.expect_multi_hot()
+
+
 def zero_initialised(module: nn.Module) -> nn.Module:
     """Set all parameters of ``module`` to zero, so that its branch starts silent, and return it."""
     for parameter in module.parameters():

@@ -1,7 +1,7 @@
-"""Cells of conditions that are said in Python."""
+"""Cells of conditions given in Python."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -12,21 +12,42 @@ from primeflow_perturbench.conditions.table import encode_conditions
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.sampling.writer import cells_obs
 
-if TYPE_CHECKING:
-    from primeflow_perturbench.model import PRiMeFlow
-
-# What a condition may call its perturbation, whatever the column was called in training.
+# Name of the perturbation that a condition may use for any name of the column in training.
 PERTURBATION = "perturbation"
 
 
 def sample_conditions(
-    model: "PRiMeFlow",
+    model: Any,
     conditions: pd.DataFrame | Sequence[Mapping[str, Any]],
     n: int,
     seed: int | None = None,
     perturbation_embeddings: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
 ) -> ad.AnnData:
-    """Cells of conditions, see `PRiMeFlow.sample`."""
+    """Generate cells of conditions, measured or not.
+
+    Parameters
+    ----------
+    model
+        A `PRiMeFlow`.
+    conditions
+        One mapping or row per condition, with the perturbation and all covariates under their column names in
+        training; the perturbation may also be called ``perturbation``. Combinations are written as in training.
+    n
+        Number of cells of each condition; a value ``n_cells`` of a condition takes precedence.
+    seed
+        Seed of these cells; ``None`` is the model's.
+    perturbation_embeddings
+        One row per perturbation, for a model trained with embeddings; several tables if training had several.
+
+    Returns
+    -------
+    Sparse log1p expression, with conditions in ``obs`` and genes in ``var_names``.
+
+    Raises
+    ------
+    InputError
+        If a condition is incomplete, or has a label that training lacks and that has no embedding.
+    """
     context = model.training_record["train_context"]
     width = model.hparams.get("perturbation_embedding_width")
     if width is not None and getattr(perturbation_embeddings, "shape", (0, 0))[1] != width:
@@ -48,12 +69,12 @@ def sample_conditions(
 
 
 def table_of(conditions: pd.DataFrame | Sequence[Mapping[str, Any]], context: Mapping[str, Any]) -> pd.DataFrame:
-    """Conditions as a table with the columns of the training cells.
+    """Convert conditions to a table with the columns of the training cells.
 
     Raises
     ------
     InputError
-        If a condition is no mapping, or lacks a column that another has.
+        If a condition is not a mapping.
     """
     key, names = context["perturbation_key"], list(context["covariate_keys"] or ())
     if isinstance(conditions, pd.DataFrame):

@@ -1,19 +1,24 @@
 """From a trained model to expression: sampling, detection limit and calibration."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from primeflow_perturbench.calibration.mapping import calibrated
 from primeflow_perturbench.calibration.marginals import Targets
 from primeflow_perturbench.conditions.condition import Condition
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.expression.control_pool import ControlPool
 from primeflow_perturbench.expression.detection_limit import decode_expression
 from primeflow_perturbench.sampling.sampler import Block, Sampler
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -104,3 +109,46 @@ def start_at_controls(model: Any, condition: Condition, n: int, generator: torch
     pool = control_pool(model).to(torch.device("cpu"))
     pick, noise = torch.rand(n, generator=generator), torch.randn(n, model.space.width, generator=generator)
     return pool.draw(pool.context_rows(condition).expand(n), pick) + model.objective.source_noise * noise
+
+
+def generate_table(model: Any, batch: Any, obs: pd.DataFrame) -> ad.AnnData:
+    """Generated cells of a batch, ``cells_per_condition`` of each condition or one of each row.
+
+    Parameters
+    ----------
+    model
+        A `PRiMeFlow`.
+    batch
+        PerturBench's batch of N rows.
+    obs
+        Covariates and perturbations of the rows.
+    """
+    rows, context = np.arange(len(obs)), model.training_record["train_context"]
+    if (per_condition := model.sampler.cells_per_condition) is not None:
+        columns = [*(context["covariate_keys"] or ()), context["perturbation_key"]]
+        rows = np.repeat(np.flatnonzero(~obs[columns].duplicated().to_numpy()), per_condition)
+    condition, obs = model.encoder(batch.perturbations, batch.covariates)[rows], obs.iloc[rows].copy()
+    warn_uncalibrated(model, condition, obs[context["perturbation_key"]])
+    cells = model.generate(condition)
+    obs.index = [f"cell{index}" for index in range(len(obs))]
+    if "_condition_idx" in obs:
+        position = obs.groupby("_condition_idx", observed=True).cumcount()
+        obs.index = [f"{c}_{i}" for c, i in zip(obs["_condition_idx"], position, strict=True)]
+    names = model.gene_names or batch.gene_names
+    return ad.AnnData(cells.numpy(), obs=obs, var=pd.DataFrame(index=pd.Index(names, dtype=str)))
+
+
+def warn_uncalibrated(model: Any, condition: Condition, labels: Sequence[str]) -> None:
+    """Warn once about each label (N,) whose condition (N) calibration does not cover."""
+    if model.sampler.calibrate == "none":
+        return
+    known = condition.is_known.tolist()
+    new = {str(label) for label, is_known in zip(labels, known, strict=True) if not is_known}
+    new -= model.uncalibrated_labels
+    if new:
+        model.uncalibrated_labels |= new
+        log.warning(
+            "%d labels have perturbations that training lacks; their cells are generated without calibration: %s",
+            len(new),
+            quoted(sorted(new)),
+        )

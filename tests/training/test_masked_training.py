@@ -22,6 +22,7 @@ from primeflow_perturbench.expression.detection_limit import learn_detection_lim
 from primeflow_perturbench.expression.statistics import ExpressionStatistics
 from primeflow_perturbench.expression.unmeasured import fill_unmeasured
 from primeflow_perturbench.flow.loss import flow_matching_loss
+from primeflow_perturbench.flow.noise import batch_noise
 from primeflow_perturbench.flow.path import PathSample
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
@@ -198,8 +199,8 @@ def test_a_step_leaves_out_what_was_not_measured(unbroken, monkeypatch):
     with torch.no_grad():
         found = model.validation_step(batch, 0)
         x_1 = torch.where(batch.gene_expression.isnan(), model.gene_means, batch.gene_expression)
-        condition = model.encoder(batch.perturbations, batch.covariates)
-        noise = model._noise(x_1, 1, 0, 0)
+        condition = model.conditions(model.encoder(batch.perturbations, batch.covariates))
+        noise = batch_noise(x_1, [model.seed, 1, 0, 0])
         x_t = (1 - noise.t[:, None]) * noise.x_0 + noise.t[:, None] * x_1
         errors = (model.velocity(x_t, noise.t, condition) - (x_1 - noise.x_0)).square()
     measured = ~batch.gene_expression.isnan()
