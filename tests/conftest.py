@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ["PRIMEFLOW_BENCHMARK"] = os.environ.get("PRIMEFLOW_CONFORMANCE", "embedded")
 # The tests are tiny: several threads would only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Test files that run themselves in another process import `builders` there too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import anndata as ad
 import pytest
