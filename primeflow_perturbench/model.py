@@ -100,6 +100,8 @@ class PRiMeFlow(PerturbationModel):
         seed: int | None = 0,
     ):
         objective, sampler = objective or Objective(), sampler or SamplingSettings()
+        if objective.source == "control" and sampler.control_start is not None:
+            raise InputError("control_start encodes control cells for a Gaussian source: set source=gaussian")
         if sampler.guidance != 1 and objective.condition_dropout == 0:
             raise InputError(f"guidance {sampler.guidance} needs a null condition: set condition_dropout above 0")
         # PerturBench passes vocabularies as configuration where it instantiates the whole configuration at once.
@@ -170,7 +172,8 @@ class PRiMeFlow(PerturbationModel):
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow reads the training cells before it trains: fit it with a data module")
         if self.unmeasured_are_nan:
-            check_unmeasured(self.objective, self.sampler.calibrate, isinstance(self.space, PCASpace))
+            pca = isinstance(self.space, PCASpace)
+            check_unmeasured(self.objective, self.sampler.calibrate, self.sampler.control_start, pca)
         check_coupling(self.objective.coupling)
         statistics = training_cells.collect(self)
         check_log1p(statistics.expression)

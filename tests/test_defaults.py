@@ -54,4 +54,6 @@ def test_python_and_yaml_have_the_same_defaults(where, node):
 
 
 def test_the_models_of_the_paper_are_compared():
-    assert {"model/primeflow.yaml", "model/primeflow.yaml:sampler", "model/network/unet.yaml"} <= dict(described()).keys()
+    assert {"model/primeflow.yaml", "model/primeflow.yaml:sampler", "model/network/unet.yaml"} <= dict(
+        described()
+    ).keys()

@@ -231,7 +231,9 @@ def test_condition_dropout_acts_in_training_alone(share):
     model = build(network=Recorder, condition_dropout=share)
     model.training_step(batch_of(["G0"] * n), 0)
     model.validation_step(batch_of(["G0"] * n), 0)
-    trained, validated = ((seen == model.conditions(model.encoder.null)).all(dim=1) for seen in model.network.conditions)
+    trained, validated = (
+        (seen == model.conditions(model.encoder.null)).all(dim=1) for seen in model.network.conditions
+    )
     assert trained.float().mean() == pytest.approx(share, abs=0.03)
     assert not validated.any()
 

@@ -92,7 +92,7 @@ def _threshold(values: Tensor, rate: Tensor) -> Tensor:
 
 
 def _scale(values: Tensor, threshold: Tensor, spread: Tensor, limit: float) -> Tensor:
-    """Factor (G,) that reduces the standard deviation of the values (n, G) above a threshold (G,) to ``spread`` (G,)."""
+    """Factor (G,) that reduces the deviation of the values (n, G) above a threshold (G,) to ``spread`` (G,)."""
     above, values = values > threshold, values.clamp(min=limit)
     n = above.sum(0)
     mean = (values * above).sum(0) / n.clamp(min=1)

@@ -23,9 +23,10 @@ def collect(model: Any) -> TrainingStatistics:
     model
         A `PRiMeFlow` with a trainer.
     """
+    from_controls = model.objective.source == "control" or model.sampler.control_start is not None
     statistics = TrainingStatistics(
         expression=ExpressionStatistics(unmeasured_are_nan=model.unmeasured_are_nan),
-        controls=ControlReservoir(model.objective.source_cells) if model.objective.source == "control" else None,
+        controls=ControlReservoir(model.objective.source_cells) if from_controls else None,
         marginals=None if model.sampler.calibrate == "none" else MarginalStatistics(),
         kept_cells=model.space.fit_cells,
     )

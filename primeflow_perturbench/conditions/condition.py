@@ -94,8 +94,13 @@ class Condition:
         """The same conditions without external embeddings."""
         return Condition(self.perturbations, self.covariates, self.is_null, self.external[:, :0], self.is_known)
 
+    def as_control(self) -> "Condition":
+        """The control conditions of the same contexts."""
+        own, external = torch.zeros_like(self.perturbations), torch.zeros_like(self.external)
+        return Condition(own, self.covariates, self.is_null, external, torch.ones_like(self.is_known))
+
     def drop(self, dropped: Tensor) -> "Condition":
-        """Replace the conditions where ``dropped`` (B,) is true by the null condition (Ho and Salimans 2022, alg. 1)."""
+        """Replace conditions by the null condition where ``dropped`` (B,) is true (Ho and Salimans 2022, alg. 1)."""
         kept = ~dropped[:, None]
         return Condition(
             torch.where(kept, self.perturbations, 0.0),
@@ -169,7 +174,10 @@ class ConditionEncoder:
             if covariates is None or name not in covariates:
                 raise ValueError(f"the batch lacks the covariate {name!r} that the model was built with")
             parts.append(covariates[name])
-        widths, expected = [part.shape[-1] for part in parts], [self.perturbation_width, *self.covariate_widths.values()]
+        widths, expected = (
+            [part.shape[-1] for part in parts],
+            [self.perturbation_width, *self.covariate_widths.values()],
+        )
         if widths != expected:
             names = ["perturbations", *self.covariate_widths]
             raise ValueError(f"the widths of {names} are {widths}, but the model was built with {expected}")

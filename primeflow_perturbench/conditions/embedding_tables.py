@@ -97,7 +97,7 @@ def with_tables(
 
 
 def seen_in_training(datamodule: Any, perturbations: Sequence[Any]) -> Tensor:
-    """Whether training has cells of each perturbation of the vocabulary (P,), 1 or 0; 1 if the data module has no context.
+    """Whether training has cells of each perturbation of the vocabulary (P,): 1 or 0, 1 if there is no context.
 
     A vocabulary may also contain perturbations of the validation and test cells.
     """

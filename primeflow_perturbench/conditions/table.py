@@ -129,9 +129,7 @@ def encode_conditions(
         perturbations = summed_embeddings(parts, perturbation_embeddings, key, where)
     else:
         perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
-    covariates: dict[str, Tensor] = {
-        str(name): covariate_tensor(pd.Series(obs[name]), uniques[name]) for name in names
-    }
+    covariates: dict[str, Tensor] = {str(name): covariate_tensor(pd.Series(obs[name]), uniques[name]) for name in names}
     return Conditions(obs, counts, perturbations, covariates, summed)
 
 

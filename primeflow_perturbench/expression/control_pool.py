@@ -155,7 +155,7 @@ class ControlPool:
 
 def missing_controls(covariates: Mapping[str, Sequence[Any] | None], context: Sequence[float]) -> InputError:
     """The error for a context without control cells."""
-    start = "objective.source=control starts paths at control cells with the same covariates"
+    start = "objective.source=control and sampler.control_start need control cells with the same covariates"
     if context[-1]:
         return InputError(f"{start}, and the null condition has none")
     names, first = [], 0
@@ -166,6 +166,6 @@ def missing_controls(covariates: Mapping[str, Sequence[Any] | None], context: Se
         first += width
     where = f" with {', '.join(names)}" if names else ""
     return InputError(
-        f"{start}, but the training cells contain no control cells{where}; move some to the training split, or set "
-        "model.objective.source=gaussian"
+        f"{start}, but the training cells contain no control cells{where}; move some to the training split, or start "
+        "from noise (model.objective.source=gaussian, model.sampler.control_start=null)"
     )

@@ -27,21 +27,18 @@ def fill_unmeasured(expression: Tensor, gene_means: Tensor) -> tuple[Tensor, Ten
     return expression.where(measured, gene_means.to(expression)), measured
 
 
-# Values of settings that work with missing genes: they never compare whole cells. Keys are those of the configuration.
-WITHOUT_EVERY_GENE = {
-    "model.objective.source": "gaussian",
-    "model.objective.coupling": "independent",
-    "model.sampler.calibrate": "none",
-    "model/space": "genes",
-}
-
-
-def check_unmeasured(objective: Objective, calibrate: str, pca: bool) -> None:
-    """Raise `InputError` if a setting of the model needs every gene of every cell."""
-    values = (objective.source, objective.coupling, calibrate, "pca" if pca else "genes")
-    for (key, needed), value in zip(WITHOUT_EVERY_GENE.items(), values, strict=True):
+def check_unmeasured(objective: Objective, calibrate: str, control_start: float | None, pca: bool) -> None:
+    """Raise `InputError` for a setting that compares whole cells and therefore needs every gene of every cell."""
+    for setting, value, needed in (
+        ("model.objective.source", objective.source, "gaussian"),
+        ("model.objective.coupling", objective.coupling, "independent"),
+        ("model.sampler.calibrate", calibrate, "none"),
+        ("model.sampler.control_start", control_start, None),
+        ("model/space", "pca" if pca else "genes", "genes"),
+    ):
         if value != needed:
+            allowed = "null" if needed is None else needed
             raise InputError(
-                f"{key}={value} needs every gene of every cell, but some files of the atlas lack genes: set "
-                f"{key}={needed}, or keep only the genes of all files with genes: intersection in the manifest"
+                f"{setting}={value} needs every gene of every cell, but some files of the atlas lack genes: set "
+                f"{setting}={allowed}, or keep only the genes of all files with genes: intersection in the manifest"
             )

@@ -87,7 +87,10 @@ def learnt_tensors(
     for part in learnt.get("marginals", {}):
         prefix = f"marginals.{part}."
         n, components = rows(f"{prefix}conditions"), rows(f"{prefix}components")
-        yield f"{prefix}conditions", ((n, encoder.perturbation_width + sum(encoder.covariate_widths.values()) + 1), torch.float32)
+        yield (
+            f"{prefix}conditions",
+            ((n, encoder.perturbation_width + sum(encoder.covariate_widths.values()) + 1), torch.float32),
+        )
         yield f"{prefix}components", ((components, n_genes), torch.float32)
         yield f"{prefix}variances", ((components + 1, _effects(encoder)), torch.float64)
         yield f"{prefix}scores", ((n, components), torch.float32)

@@ -43,7 +43,7 @@ def stream_cells(model: Any, condition: Condition, counts: Sequence[int], seed: 
         generates values that are not finite.
     """
     settings, limit, condition = model.sampler, detection_limit(model), condition.to(model.device)
-    from_controls = model.objective.source == "control"
+    from_controls = model.objective.source == "control" or settings.control_start is not None
     if from_controls:
         control_pool(model).to(model.device).context_rows(condition)
     sampler = Sampler(
@@ -56,6 +56,7 @@ def stream_cells(model: Any, condition: Condition, counts: Sequence[int], seed: 
         seed=seed,
         batch_size=model._batch_size,
         source=(lambda *draw: start_at_controls(model, *draw)) if from_controls else None,
+        encode_from=settings.control_start,
     )
     if settings.calibrate == "none":
         decode = lambda z: decode_expression(model.space.decode(z), limit)  # noqa: E731
@@ -78,7 +79,9 @@ def finite(blocks: Iterator[Block]) -> Iterator[Block]:
     """Pass blocks on; raise `InputError` at the first value that is not finite."""
     for row, first, cells in blocks:
         if not torch.isfinite(cells).all():
-            raise InputError("the generated cells contain NaN or infinite values: training diverged; lower lr and train again")
+            raise InputError(
+                "the generated cells contain NaN or infinite values: training diverged; lower lr and train again"
+            )
         yield row, first, cells
 
 
@@ -100,7 +103,10 @@ def detection_limit(model: Any) -> float | None:
 def control_pool(model: Any) -> ControlPool:
     """The control cells that training kept; `InputError` if it kept none."""
     if model.controls is None:
-        raise InputError("source=control starts at control cells that training keeps: train first")
+        raise InputError(
+            "objective.source=control and sampler.control_start need control cells that training keeps: train with "
+            "this setting first"
+        )
     return model.controls
 
 
@@ -108,7 +114,10 @@ def start_at_controls(model: Any, condition: Condition, n: int, generator: torch
     """Control cells (n, W) of the context of a condition (1), with noise."""
     pool = control_pool(model).to(torch.device("cpu"))
     pick, noise = torch.rand(n, generator=generator), torch.randn(n, model.space.width, generator=generator)
-    return pool.draw(pool.context_rows(condition).expand(n), pick) + model.objective.source_noise * noise
+    cells = pool.draw(pool.context_rows(condition).expand(n), pick)
+    if (time := model.sampler.control_start) is not None:
+        return time * cells + (1 - time) * noise
+    return cells + model.objective.source_noise * noise
 
 
 def generate_table(model: Any, batch: Any, obs: pd.DataFrame) -> ad.AnnData:

@@ -50,6 +50,7 @@ PRECISIONS = {
     "16-mixed": torch.float16,
 }
 
+
 def predict_run(cfg: DictConfig, console: Console) -> Path:
     """Generate the conditions of a table with the model of a checkpoint.
 

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def condition_generator(seed: int, key: bytes) -> torch.Generator:
-    """Random generator of a condition, seeded by a hash of the seed and the condition's key, see `Condition.row_keys`."""
+    """Random generator of a condition, seeded by a hash of the seed and its key, see `Condition.row_keys`."""
     digest = hashlib.sha256(seed.to_bytes(16, "little", signed=True) + key).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -78,8 +78,11 @@ class Sampler:
     batch_size
         Number of tiles that share a forward pass on an accelerator; keeps what it learns about memory.
     source
-        ``(condition (1), n, generator) -> x_0 (n, W)`` on the CPU, the starting points of n cells; ``None`` is standard
+        ``(condition (1), n, generator) -> x (n, W)`` on the CPU, the starting points of n cells; ``None`` is standard
         normal noise.
+    encode_from
+        Time of the starting points in (0, 1): they are first transported to noise by the flow of the control condition,
+        see `SamplingSettings.control_start`; ``None`` for starting points at time 0.
     """
 
     def __init__(
@@ -93,11 +96,12 @@ class Sampler:
         seed: int = 0,
         batch_size: BatchSize | None = None,
         source: Source | None = None,
+        encode_from: float | None = None,
     ):
         self._plain_velocity, self.embed, self.null_condition = velocity, embed, null_condition
         self.width, self.solver, self.guidance, self.seed = width, solver, guidance, seed
         self.batch_size = batch_size or BatchSize()
-        self.source = source or self._noise
+        self.source, self.encode_from = source or self._noise, encode_from
 
     def stream(self, condition: Condition, counts: Sequence[int], finish: Finish = lambda x: x) -> Iterator[Block]:
         """Yield blocks ``(row, first, cells (n, G))`` of the first ``counts[row]`` cells of each row's condition.
@@ -139,7 +143,11 @@ class Sampler:
         try:
             x = to_device(torch.cat([tile.x_0 for tile in batch]), condition.is_null.device)
             # Each row is embedded alone: the bits of a matrix product may depend on the number of rows.
-            embedded = torch.cat([self.embed(condition[[tile.row]]).expand(TILE, -1) for tile in batch])
+            single = [condition[[tile.row]] for tile in batch]
+            if self.encode_from is not None:
+                control = torch.cat([self.embed(one.as_control()).expand(TILE, -1) for one in single])
+                x = self.solver.integrate(lambda x, t: self._plain_velocity(x, t, control), x, self.encode_from, 0.0)
+            embedded = torch.cat([self.embed(one).expand(TILE, -1) for one in single])
             return HostCopy(finish(self.solver.integrate(lambda x, t: self._velocity(x, t, embedded), x)))
         except torch.OutOfMemoryError:
             return None

@@ -33,7 +33,9 @@ def warmup_cosine(
         If ``total_steps`` is not positive.
     """
     if total_steps < 1:
-        raise ValueError(f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total_steps}")
+        raise ValueError(
+            f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total_steps}"
+        )
     warmup_steps = max(1, min(warmup_steps, total_steps // 10))
     warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps)
     falling = cosine(optimizer, max(1, total_steps - warmup_steps), final_fraction)
@@ -78,6 +80,8 @@ def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     if takes_steps and getattr(conf, "keywords", {}).get("total_steps") is None:
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise ValueError("the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs")
+            raise ValueError(
+                "the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs"
+            )
         arguments["total_steps"] = int(steps)
     return {"scheduler": conf(**arguments), **(config.get("extras") or {})}

@@ -60,7 +60,9 @@ def test_rates_are_predicted_by_a_mixed_model_of_detection(marginals):
 
 def test_spreads_are_those_of_the_values_above_zero(marginals):
     generator = torch.Generator().manual_seed(5)
-    varied = {key: x * (1 + 0.3 * torch.randn(x.shape, generator=generator)).clamp(min=0.1) for key, x in MEASURED.items()}
+    varied = {
+        key: x * (1 + 0.3 * torch.randn(x.shape, generator=generator)).clamp(min=0.1) for key, x in MEASURED.items()
+    }
     fitted = Marginals.fit(ENCODER, statistics(varied))
     for key, x in varied.items():
         expected = torch.stack([column[column > 0].std() for column in x.T])

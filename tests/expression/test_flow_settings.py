@@ -153,8 +153,24 @@ def test_collection_goes_on_until_every_context_has_its_controls(monkeypatch):
 
 def test_an_untrained_model_has_no_controls():
     model = build(source="control")
-    with pytest.raises(InputError, match="that training keeps: train first"):
+    with pytest.raises(InputError, match="that training keeps: train with this setting first"):
         model.generate(condition(model, "G0", "alpha"))
+
+
+def test_counterfactual_cells_of_a_still_flow_are_noised_control_cells_of_their_context():
+    """Without velocity both transports are the identity: only ``t x + (1 - t) noise`` remains."""
+    model = fitted(build(network=Still, control_start=0.9), screen_of())
+    for line, value in (("alpha", 1.5), ("beta", 2.5)):
+        cells = model.generate(condition(model, "G0", line).expand(4000))
+        assert float(cells.mean()) == pytest.approx(0.9 * value, abs=0.01)
+        assert float(cells.std()) == pytest.approx(0.1, abs=0.01)
+    # A condition that training lacks has the control cells of its context, too.
+    assert float(model.generate(condition(model, "G1", "alpha").expand(400)).mean()) == pytest.approx(1.35, abs=0.05)
+
+
+def test_one_start_at_control_cells_excludes_the_other():
+    with pytest.raises(InputError, match="control_start encodes control cells for a Gaussian source"):
+        build(source="control", control_start=0.5)
 
 
 # --- coupling

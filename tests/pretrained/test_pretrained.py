@@ -56,9 +56,7 @@ SOLVER = ODESolver("midpoint", steps=3)
 SETTINGS = {
     "network": PATCHES,
     "objective": Objective(precondition=True),
-    "sampler": SamplingSettings(
-        SOLVER, detection_limit="learned", calibrate="marginals", calibration_cells=64
-    ),
+    "sampler": SamplingSettings(SOLVER, detection_limit="learned", calibrate="marginals", calibration_cells=64),
 }
 FROM_CONTROLS = {
     "network": partial(MLP, width=8, depth=1, embedding_width=4),
@@ -99,7 +97,9 @@ def learn(model, draw):
     perturbations = (torch.rand(n, 3, generator=draw) < 0.3).float()
     lines = torch.nn.functional.one_hot(torch.arange(n) % 2, 2).float()
     condition = model.encoder(perturbations, {"cell_type": lines, "dose": (torch.arange(n) % 4 // 2).float()[:, None]})
-    cells = (torch.randn(n, len(GENES), generator=draw) + condition.vector() @ torch.randn(7, 9, generator=draw)).clamp(min=0)
+    cells = (torch.randn(n, len(GENES), generator=draw) + condition.vector() @ torch.randn(7, 9, generator=draw)).clamp(
+        min=0
+    )
     marginals, controls = MarginalStatistics(), ControlReservoir(20)
     marginals.add(condition, cells)
     controls.add(condition, cells)
@@ -412,13 +412,28 @@ BROKEN = {
         change((*NETWORK, "genes", "initial_vectors"), "/etc/passwd"),
         "setting 'initial_vectors', which is not known",
     ),
-    "text for a number": (change((*MODEL, "sampler", "guidance"), "strong"), "model.sampler.guidance must be a finite number"),
-    "boolean for a number": (change((*MODEL, "sampler", "calibration_cells"), True), "calibration_cells must be a whole number"),
-    "infinite": (change((*MODEL, "objective", "source_noise"), float("inf")), "source_noise must be a finite number, got inf"),
+    "text for a number": (
+        change((*MODEL, "sampler", "guidance"), "strong"),
+        "model.sampler.guidance must be a finite number",
+    ),
+    "boolean for a number": (
+        change((*MODEL, "sampler", "calibration_cells"), True),
+        "calibration_cells must be a whole number",
+    ),
+    "infinite": (
+        change((*MODEL, "objective", "source_noise"), float("inf")),
+        "source_noise must be a finite number, got inf",
+    ),
     "enormous": (change((*MODEL, "sampler", "guidance"), 10**400), "guidance must be a finite number"),
     "no choice": (change((*MODEL, "sampler", "calibrate"), "magic"), "calibrate must be 'none' or 'marginals'"),
-    "out of range": (change((*MODEL, "sampler", "guidance"), -1), "config.json, model.sampler: guidance must be at least 0, got -1"),
-    "solver out of range": (change((*MODEL, "sampler", "solver", "steps"), 0), "model.sampler.solver: a solver needs at least one step"),
+    "out of range": (
+        change((*MODEL, "sampler", "guidance"), -1),
+        "config.json, model.sampler: guidance must be at least 0, got -1",
+    ),
+    "solver out of range": (
+        change((*MODEL, "sampler", "solver", "steps"), 0),
+        "model.sampler.solver: a solver needs at least one step",
+    ),
     "network impossible": (change((*NETWORK, "genes", "patch"), 0), "model: gene patches need a patch"),
     "network too wide": (change((*NETWORK, "channels"), 10**12), TOO_LARGE),
     "network too deep": (change((*NETWORK, "blocks"), 500), "has 500 layers, but"),
@@ -648,7 +663,8 @@ def run(tmp_path_factory, screen_path):
     folder = tmp_path_factory.mktemp("run")
     settings = "references=[] trainer.max_steps=4 trainer.val_check_interval=2 trainer.precision=32-true "
     settings += "~callbacks.progress_bar experiment=devel/transfer model=primeflow_mlp model.network.width=16 "
-    settings += "model.network.depth=1 model.network.embedding_width=8 model.sampler.solver.steps=2 model.sampler.cells_per_condition=8"
+    settings += "model.network.depth=1 model.network.embedding_width=8 "
+    settings += "model.sampler.solver.steps=2 model.sampler.cells_per_condition=8"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         call(patch, "train", *settings.split(), f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")

@@ -153,7 +153,13 @@ def test_bits_depend_on_neither_order_nor_company_nor_the_kind_of_file(run, tmp_
 
 @pytest.mark.parametrize(
     "override",
-    ["model.sampler.guidance=3", "model.sampler.solver.method=euler", "model.sampler.solver.steps=5", "model.sampler.detection_limit=none", "seed=4"],
+    [
+        "model.sampler.guidance=3",
+        "model.sampler.solver.method=euler",
+        "model.sampler.solver.steps=5",
+        "model.sampler.detection_limit=none",
+        "seed=4",
+    ],
 )
 def test_settings_of_sampling_can_be_changed(run, tmp_path, override):
     table = write_table(tmp_path, PAIRS[:2])

@@ -69,6 +69,27 @@ def generated(condition, kind=Sampler, network=None, **settings):
     return cells_of(sampler_of(kind, network, **settings), condition)
 
 
+def gaussian_flow(x, t, condition):
+    """Exact velocity for independent genes: control cells N(2, 0.5^2), all others N(-1, 1.5^2)."""
+    treated = condition[:, :2].any(1, keepdim=True)
+    mean, std = torch.where(treated, -1.0, 2.0), torch.where(treated, 1.5, 0.5)
+    t = t[:, None]
+    return mean + (t * std**2 - (1 - t)) * (x - t * mean) / (t**2 * std**2 + (1 - t) ** 2)
+
+
+def test_control_cells_are_transported_by_both_flows():
+    """Both flows of a Gaussian are affine, so the counterfactual of a point has a closed form."""
+    points, time = torch.linspace(-1, 3, N_GENES), 0.6
+    settings = {"source": lambda condition, n, generator: points.expand(n, -1), "encode_from": time}
+    cells = generated(repeated(A=3), network=gaussian_flow, solver=ODESolver("midpoint", 400), **settings)
+    encoded = (points - time * 2.0) / (time**2 * 0.5**2 + (1 - time) ** 2) ** 0.5
+    torch.testing.assert_close(cells, (-1 + 1.5 * encoded).expand(3, -1), atol=2e-3, rtol=0)
+    plain = generated(
+        repeated(A=3), network=gaussian_flow, solver=ODESolver("midpoint", 400), source=settings["source"]
+    )
+    assert (plain - cells).abs().max() > 0.5
+
+
 def noise(condition, seed=0):
     """Cells of a zero velocity: the noise at which they start."""
     return generated(condition, network=lambda x, t, c: torch.zeros_like(x), seed=seed)
@@ -345,7 +366,9 @@ def test_a_batch_that_runs_out_of_memory_halfway_is_repeated():
 
 
 def test_a_tile_that_does_not_fit_is_an_input_error():
-    with pytest.raises(InputError, match="too little memory to generate 32 cells, the minimum; free its memory, use a smaller"):
+    with pytest.raises(
+        InputError, match="too little memory to generate 32 cells, the minimum; free its memory, use a smaller"
+    ):
         generated(repeated(A=200), SharedPasses, SmallDevice(TILE - 1), sample_batch_size=128)
 
 

@@ -80,7 +80,11 @@ def test_the_suite_runs_every_ablation_that_needs_no_further_file_at_its_own_siz
 def test_a_leaderboard_varies_guidance_only_for_models_that_have_it():
     multiruns = plan(["experiment=leaderboard/norman19"])
     assert {each.name for each in multiruns} == {"leaderboard/norman19"}
-    assert [each.varied for each in multiruns] == [("model", "model.sampler.guidance"), ("model", "model.sampler.guidance"), ("model",)]
+    assert [each.varied for each in multiruns] == [
+        ("model", "model.sampler.guidance"),
+        ("model", "model.sampler.guidance"),
+        ("model",),
+    ]
     assert "data=norman19" in multiruns[2].overrides
 
 

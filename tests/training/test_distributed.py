@@ -185,7 +185,10 @@ def test_two_processes_learn_from_an_atlas_what_one_process_learns(tmp_path):
         "model.sampler.calibrate=none",
         "references=[]",
     ]
-    settings = [*data, *(setting for setting in SETTINGS if not setting.startswith(("data", "model.sampler.calibrate")))]
+    settings = [
+        *data,
+        *(setting for setting in SETTINGS if not setting.startswith(("data", "model.sampler.calibrate"))),
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     given = ["test=false", f"paths.output_dir={one}", "run_name=test"]
     train(compose("data.loader.batch_size=64", *given, settings=settings))

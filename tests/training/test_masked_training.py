@@ -144,7 +144,10 @@ def test_with_everything_measured_the_loss_is_the_plain_one_and_with_nothing_it_
 def test_statistics_take_means_and_deviations_over_the_cells_that_have_a_gene():
     values = random(50, 5).abs().double()
     values[:20, 1], values[30:, 2], values[:, 3] = torch.nan, torch.nan, torch.nan
-    statistics, parts = ExpressionStatistics(unmeasured_are_nan=True), [ExpressionStatistics(unmeasured_are_nan=True) for _ in "ab"]
+    statistics, parts = (
+        ExpressionStatistics(unmeasured_are_nan=True),
+        [ExpressionStatistics(unmeasured_are_nan=True) for _ in "ab"],
+    )
     statistics.add(values)
     for part, rows in zip(parts, values.split([7, 43]), strict=True):
         part.add(rows)
@@ -238,9 +241,18 @@ def test_the_mean_over_devices_is_the_mean_over_all_measured_values(unbroken):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.sampler.calibrate=marginals", "model.sampler.calibrate=marginals needs every gene .* model.sampler.calibrate=none"),
-        ("model.objective.source=control", "model.objective.source=control needs every gene .* model.objective.source=gaussian"),
-        ("model.objective.coupling=ot", "model.objective.coupling=ot needs every gene .* model.objective.coupling=independent"),
+        (
+            "model.sampler.calibrate=marginals",
+            "model.sampler.calibrate=marginals needs every gene .* model.sampler.calibrate=none",
+        ),
+        (
+            "model.objective.source=control",
+            "model.objective.source=control needs every gene .* model.objective.source=gaussian",
+        ),
+        (
+            "model.objective.coupling=ot",
+            "model.objective.coupling=ot needs every gene .* model.objective.coupling=independent",
+        ),
         ("model/space=pca", "model/space=pca needs every gene .* model/space=genes"),
     ],
 )
@@ -251,7 +263,9 @@ def test_settings_that_need_every_gene_are_refused(manifest, tmp_path, override,
 
 
 def test_the_same_settings_take_an_atlas_whose_files_have_all_genes(manifest, tmp_path):
-    done = run(manifest, tmp_path, "model.sampler.calibrate=marginals", "data.data.genes=intersection", "trainer.max_steps=1")
+    done = run(
+        manifest, tmp_path, "model.sampler.calibrate=marginals", "data.data.genes=intersection", "trainer.max_steps=1"
+    )
     assert done["trainer"].global_step == 1
     assert done["model"].gene_means is None
 

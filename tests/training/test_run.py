@@ -24,7 +24,12 @@ def _no_hydra_left():
 
 @pytest.mark.usefixtures("_no_hydra_left")
 def test_a_run_records_its_label_seed_data_metrics_and_network_evaluations(screen_path):
-    overrides = ["model=primeflow_fast", "seed=7", "model.sampler.solver.method=midpoint", "model.sampler.solver.steps=5"]
+    overrides = [
+        "model=primeflow_fast",
+        "seed=7",
+        "model.sampler.solver.method=midpoint",
+        "model.sampler.solver.steps=5",
+    ]
     record = describe_run(composed(screen_path, *overrides, "model.sampler.guidance=2"), (2820, 128))
     assert (record["label"], record["seed"], record["evaluations"]) == ("primeflow_fast", 7, 20)
     digest = hashlib.sha256(screen_path.read_bytes()).hexdigest()
