@@ -59,7 +59,8 @@ def build(recipe: str, n_genes: int, condition_width: int = CONDITION_WIDTH, **c
     """Network of a recipe, initialized with seed 0; ``changed`` replaces settings of `RECIPES`."""
     import torch
 
-    from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
+    from primeflow_perturbench.networks.gene_patches import GenePatches
+    from primeflow_perturbench.networks.gene_tokens import GeneTokens
     from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
     from primeflow_perturbench.networks.residual_mlp import ResidualMLP
     from primeflow_perturbench.networks.unet import UNet

@@ -26,15 +26,16 @@ from primeflow_perturbench.flow.loss import flow_matching_loss
 from primeflow_perturbench.flow.noise import Noise, batch_noise
 from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.path import PathSample, StraightPath
-from primeflow_perturbench.networks.compiling import CompiledEvaluation, evaluate
+from primeflow_perturbench.networks.compiling import compiled_evaluation, evaluate
 from primeflow_perturbench.networks.condition_embedding import External, MultiHot
 from primeflow_perturbench.networks.layers import expect_multi_hot
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 from primeflow_perturbench.perturbench.backend import load
-from primeflow_perturbench.pretrained.folder import load_model, save_model
-from primeflow_perturbench.pretrained.sample import sample_conditions
+from primeflow_perturbench.pretrained.load import load_model
+from primeflow_perturbench.pretrained.save import save_model
 from primeflow_perturbench.sampling.batch_size import BatchSize
 from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
+from primeflow_perturbench.sampling.sample import sample_conditions
 from primeflow_perturbench.sampling.sampler import Block, gather
 from primeflow_perturbench.sampling.settings import SamplingSettings
 
@@ -146,7 +147,7 @@ class PRiMeFlow(PerturbationModel):
             self.network = GaussianPreconditioning(self.network, self.space.width)
         if optimizer is not None:
             optimizer.freeze(self)
-        self._evaluation = CompiledEvaluation() if sampler.compile else evaluate
+        self._evaluation = compiled_evaluation() if sampler.compile else evaluate
         self._batch_size = BatchSize(sampler.sample_batch_size)
         # Learned from the training cells without gradients.
         self.learned_detection_limit: float | None = None
@@ -279,12 +280,12 @@ class PRiMeFlow(PerturbationModel):
         return sample_conditions(self, conditions, n, seed, perturbation_embeddings)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write the model as a folder to share; see `pretrained.folder.save_model` for the options."""
+        """Write the model as a folder to share; see `pretrained.save.save_model` for the options."""
         save_model(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "PRiMeFlow":
-        """Load a folder, or ``owner/name`` from the Hugging Face hub; see `pretrained.folder.load_model`."""
+        """Load a folder, or ``owner/name`` from the Hugging Face hub; see `pretrained.load.load_model`."""
         return load_model(cls, name, revision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

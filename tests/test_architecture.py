@@ -30,26 +30,9 @@ LAYERS = (
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 
 # Temporary: imports that still point up, as (importer, imported). Remove an entry with its import; add none.
-UPWARD: set[tuple[str, str]] = {
-    ("finetuning.weight_transfer", "model"),
-    ("pretrained.folder", "model"),
-    ("pretrained.folder", "training.provenance"),
-    ("pretrained.from_run", "model"),
-}
-CYCLIC: set[tuple[str, str]] = {
-    ("finetuning.weight_transfer", "model"),
-    ("model", "finetuning.weight_transfer"),
-    ("model", "pretrained.folder"),
-    ("pretrained.folder", "model"),
-}
-FOLDER_CYCLES: set[tuple[str, str]] = {
-    ("finetuning", "model"),
-    ("model", "finetuning"),
-    ("model", "pretrained"),
-    ("pretrained", "model"),
-    ("pretrained", "training"),
-    ("training", "finetuning"),
-}
+UPWARD: set[tuple[str, str]] = set()
+CYCLIC: set[tuple[str, str]] = set()
+FOLDER_CYCLES: set[tuple[str, str]] = set()
 
 
 def modules() -> dict[str, Path]:

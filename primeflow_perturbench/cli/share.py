@@ -1,7 +1,10 @@
 """``primeflow share``: write a trained model as a folder that others can load."""
 
 import argparse
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
 
@@ -11,28 +14,71 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="primeflow share",
         description="Write a trained model as a folder of tensors and JSON, for PRiMeFlow.from_pretrained, "
-        "primeflow predict ckpt_path=FOLDER, or the Hugging Face hub.",
+        "primeflow predict ckpt_path=FOLDER, or the Hugging Face Hub.",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a run, such as runs/NAME/checkpoints/last.ckpt")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--license", help="identifier of its licence, such as bsd-3-clause")
+    parser.add_argument("--license", help="identifier of the model's license, such as bsd-3-clause")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of a shared model")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Share the checkpoint of the command line."""
+    """Run the command."""
     chosen = parse()
     console = make_console()
 
     def work() -> None:
-        from primeflow_perturbench.pretrained.from_run import share_checkpoint
-
         quieten_lightning()
         share_checkpoint(chosen.checkpoint, chosen.output, chosen.overwrite, chosen.license)
         console.print(f"The model is in {chosen.output}", highlight=False, soft_wrap=True, markup=False)
 
     answering(work)
+
+
+def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, license: str | None = None) -> None:
+    """Write the model of a checkpoint as a folder, with the data and metrics of its run.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint of a run; its averaged weights are used if there are any.
+    folder, overwrite, license
+        As for `pretrained.save.save_model`.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is missing or no PRiMeFlow, or the folder cannot be replaced.
+    """
+    from primeflow_perturbench.errors import InputError
+    from primeflow_perturbench.model import PRiMeFlow
+    from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint
+
+    if checkpoint.is_dir():
+        raise InputError(f"{checkpoint} is a folder, expected a checkpoint; a shared model can be copied as it is")
+    if "primeflow" not in read_checkpoint(checkpoint):
+        raise InputError(f"{checkpoint} is no PRiMeFlow, and only PRiMeFlow can be shared; give another checkpoint")
+    model = PRiMeFlow.load_from_checkpoint(checkpoint, evaluation=None, map_location="cpu", weights_only=False)
+    run = config_beside(checkpoint).parent
+    model.save_pretrained(folder, overwrite=overwrite, license=license, data=run_data(run), metrics=run_metrics(run))
+
+
+def run_data(run: Path) -> dict[str, Any] | None:
+    """The record of its data in a run's ``environment.json``; ``None`` if there is none."""
+    path = run / "environment.json"
+    return json.loads(path.read_text()).get("data") if path.is_file() else None
+
+
+def run_metrics(run: Path) -> dict[str, float] | None:
+    """The finite metrics in a run's ``summary.csv``; ``None`` if there are none."""
+    import pandas as pd
+
+    path = run / "summary.csv"
+    if not path.is_file():
+        return None
+    summary = pd.read_csv(path, index_col=0).iloc[:, 0]
+    return {str(name): float(value) for name, value in summary.items() if math.isfinite(value)}
 
 
 if __name__ == "__main__":

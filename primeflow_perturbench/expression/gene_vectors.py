@@ -1,4 +1,4 @@
-"""Vectors that tell what genes have in common, from a file."""
+"""Read vectors that describe genes, such as embeddings of their proteins by a language model."""
 
 import logging
 from collections.abc import Sequence
@@ -9,27 +9,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, quoted
 
 log = logging.getLogger(__name__)
 
 
 def read_gene_vectors(path: str | Path, gene_names: Sequence[str]) -> Tensor:
-    """Vectors (G, W) of genes, in float32, for example embeddings of their proteins by a language model.
-
-    Genes without a row get zeros, and one warning names them.
+    """Vectors (G, W) of genes, in float32; genes without a row get zeros, and one warning names them.
 
     Parameters
     ----------
     path
-        Parquet file with gene names as its index and one column a feature.
+        Parquet file with gene names as its index and one column per feature.
     gene_names
-        Genes, in the order wanted.
+        Names of the G genes, in the order of the result.
 
     Raises
     ------
     InputError
-        If the file is missing or no table of finite numbers, names a gene twice, or holds none of the genes.
+        If the file is missing, is no table of finite numbers, names a gene twice, or has none of the genes.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,13 +39,13 @@ def read_gene_vectors(path: str | Path, gene_names: Sequence[str]) -> Tensor:
     table.index = table.index.astype(str)
     words = [str(name) for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     if words or table.shape[1] == 0:
-        found = f"the column {words[0]!r}, which holds no numbers" if words else "no column"
+        found = f"the column {words[0]!r}, which is not numeric" if words else "no column"
         raise InputError(
-            f"the gene vectors {path} have {found}, expected a numeric column a feature; make the gene names the index"
+            f"the gene vectors {path} have {found}, expected one numeric column per feature; make the gene names the index"
         )
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()].unique()
-        raise InputError(f"the gene vectors {path} name {', '.join(twice[:5])} more than once; keep one row a gene")
+        raise InputError(f"the gene vectors {path} name {', '.join(twice[:5])} more than once; keep one row per gene")
     wanted = pd.Index([str(name) for name in gene_names])
     found = wanted.isin(table.index)
     if not found.any():
@@ -64,7 +62,6 @@ def read_gene_vectors(path: str | Path, gene_names: Sequence[str]) -> Tensor:
         )
     lacking = wanted[~found]
     if len(lacking):
-        more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
-        named = ", ".join(lacking[:10]) + more
-        log.warning("%d of %d genes have no row in the gene vectors %s: %s", len(lacking), len(wanted), path, named)
+        shown = quoted(lacking)
+        log.warning("%d of %d genes have no row in the gene vectors %s: %s", len(lacking), len(wanted), path, shown)
     return torch.from_numpy(np.where(found[:, None], vectors, 0).astype(np.float32))

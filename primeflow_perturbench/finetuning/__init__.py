@@ -1,1 +1,1 @@
-"""From a trained model to other cells: weights by name, groups of parameters, and the choice of the cells."""
+"""Continue training of a model on other cells, with weights matched by name."""

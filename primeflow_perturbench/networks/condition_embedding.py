@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from primeflow_perturbench.networks.description import DescribedModule
+
 Unit = Literal["none", "log1p", "standardize"]
 UNITS = ("none", "log1p", "standardize")
 
@@ -94,7 +96,7 @@ class CovariateUnits(nn.Module):
         return torch.where(known, changed, covariates)
 
 
-class MultiHot(nn.Module):
+class MultiHot(DescribedModule):
     """Perturbations as they are: multi-hot, or PerturBench's summed embeddings. The paper's encoder.
 
     Parameters
@@ -116,6 +118,7 @@ class MultiHot(nn.Module):
         Share of training cells whose perturbation is represented by its external embedding alone.
     """
 
+    condition_parameters = ("",)
     external_width, identity_dropout = 0, 0.0
 
     def __init__(
@@ -172,6 +175,7 @@ class External(MultiHot):
         If there is no table, or a size is not positive.
     """
 
+    cell_statistics = ("seen",)
     mean: Tensor
     std: Tensor
     table: Tensor
@@ -209,6 +213,16 @@ class External(MultiHot):
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1.0))
         self.table.copy_(self.standardized(rows))
+
+    def set_units(self, mean: Tensor, std: Tensor) -> None:
+        """Express the table in other units: those of the mean and standard deviation (W_1 + ... + W_K) of a checkpoint."""
+        columns = len(self.mean)
+        values, has = self.table[:, :columns], self.table[:, columns:]
+        known = has.repeat_interleave(torch.tensor(self.table_widths, device=has.device), dim=1)
+        raw = values * self.std + self.mean
+        self.table.copy_(torch.cat([(raw - mean) / std * known, has], dim=1))
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
     def set_seen(self, seen: Tensor) -> None:
         """Set which perturbations of the vocabulary (P,) training has; the others only have their rows."""
@@ -248,6 +262,8 @@ class Mixture(External):
     ValueError
         As `External`, and if ``identity_dropout`` is not in [0, 1].
     """
+
+    perturbation_parameters = ("learned", "gate")
 
     def __init__(
         self,

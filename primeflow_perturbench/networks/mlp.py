@@ -1,14 +1,16 @@
-"""Plain multi-layer perceptron, the ablation that drops the U-Net."""
+"""Plain multi-layer perceptron: the ablation without a U-Net."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from primeflow_perturbench.networks.description import Axes, DescribedModule
 from primeflow_perturbench.networks.layers import TimeConditionEmbedding
 
 
-class MLP(nn.Module):
+class MLP(DescribedModule):
     """Perceptron on the concatenation of expression and the embedding of time and condition.
 
     Parameters
@@ -16,7 +18,7 @@ class MLP(nn.Module):
     n_genes
         Number of genes, G.
     condition_width
-        Features of a condition vector, C.
+        Features of a condition, C.
     width
         Units of a hidden layer.
     depth
@@ -43,6 +45,11 @@ class MLP(nn.Module):
         sizes = [n_genes + embedding_width, *[width] * depth]
         hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, n_genes))
+
+    def gene_axes(self) -> Mapping[str, Axes]:
+        """See `DescribedModule`; the columns of the embedding follow those of the genes."""
+        last = f"layers.{len(self.layers) - 1}"
+        return {"layers.0.weight": (1,), "layers.0.bias": (), f"{last}.weight": (0,), f"{last}.bias": (0,)}
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity (B, G) at points (B, G), times (B,) and conditions (B, C)."""

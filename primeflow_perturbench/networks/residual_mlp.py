@@ -1,17 +1,20 @@
-"""Residual perceptron whose every block time and condition steer."""
+"""Residual perceptron with blocks modulated by time and condition."""
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from primeflow_perturbench.networks.gene_tokens import OwnValues
+from primeflow_perturbench.networks.description import Axes, DescribedModule
 from primeflow_perturbench.networks.layers import (
     AdaptiveBranch,
     TimeConditionEmbedding,
     feed_forward,
-    zero_initialised,
+    zero_initialized,
 )
+from primeflow_perturbench.networks.own_values import OwnValues
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(DescribedModule):
     """Linear read-in of all genes, residual blocks with adaLN-zero, linear read-out that starts at zero.
 
     Parameters
@@ -19,7 +22,7 @@ class ResidualMLP(nn.Module):
     n_genes
         Number of genes, G.
     condition_width
-        Features of a condition vector, C.
+        Features of a condition, C.
     width
         Features of the hidden state.
     depth
@@ -29,8 +32,7 @@ class ResidualMLP(nn.Module):
     embedding_width
         Features of the embedding of time and condition, even.
     functions
-        Functions of a gene's own value that its velocity is read from, beside the hidden state (`OwnValues`); 0 for
-        none.
+        Number of functions of each gene's own value (`OwnValues`) that its velocity depends on; 0 for none.
     direct
         Whether each gene also reads the embedding of time and condition, ``<SiLU(y), r_g>``.
 
@@ -63,11 +65,25 @@ class ResidualMLP(nn.Module):
             AdaptiveBranch(width, embedding_width, feed_forward(width, expansion)) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.read_out = zero_initialised(nn.Linear(width, n_genes))
+        self.read_out = zero_initialized(nn.Linear(width, n_genes))
         self.own = OwnValues(width, functions) if functions else None
         if self.own is not None:
             self.own.draw(1, n_genes)
-        self.direct = zero_initialised(nn.Linear(embedding_width, n_genes, bias=False)) if direct else None
+        self.direct = zero_initialized(nn.Linear(embedding_width, n_genes, bias=False)) if direct else None
+
+    def gene_axes(self) -> Mapping[str, Axes]:
+        """See `DescribedModule`."""
+        axes: dict[str, Axes] = {
+            "read_in.weight": (1,),
+            "read_in.bias": (),
+            "read_out.weight": (0,),
+            "read_out.bias": (0,),
+        }
+        if self.own is not None:
+            axes |= {f"own.{name}": own for name, own in self.own.GENE_AXES.items()}
+        if self.direct is not None:
+            axes["direct.weight"] = (0,)
+        return axes
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity (B, G) at points (B, G), times (B,) and conditions (B, C)."""

@@ -6,25 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from primeflow_perturbench.networks.description import DescribedModule
+from primeflow_perturbench.networks.gene_layout import GeneLayout
 from primeflow_perturbench.networks.gene_tokens import GeneTokens
-from primeflow_perturbench.networks.layers import TimeConditionEmbedding, normalisation, zero_initialised
+from primeflow_perturbench.networks.layers import TimeConditionEmbedding, normalization, zero_initialized
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions of width 3 with FiLM between them, and a skip.
 
-    ``h + conv(SiLU((1 + scale) norm(conv(SiLU(norm(h)))) + shift))``, scale and shift being linear in
-    the embedding of time and condition (Perez et al. 2018; "adaptive group normalisation" in Dhariwal
-    and Nichol 2021). The last convolution starts at zero.
+    ``h + conv(SiLU((1 + scale) norm(conv(SiLU(norm(h)))) + shift))``, where scale and shift are linear in the embedding
+    of time and condition (FiLM, Perez et al. 2018; "adaptive group normalization" in Dhariwal and Nichol 2021). The
+    last convolution starts at zero.
     """
 
     def __init__(self, channels_in: int, channels_out: int, embedding_width: int):
         super().__init__()
-        self.norm_in = normalisation(channels_in)
+        self.norm_in = normalization(channels_in)
         self.conv_in = nn.Conv1d(channels_in, channels_out, 3, padding=1)
         self.film = nn.Linear(embedding_width, 2 * channels_out)
-        self.norm_out = normalisation(channels_out)
-        self.conv_out = zero_initialised(nn.Conv1d(channels_out, channels_out, 3, padding=1))
+        self.norm_out = normalization(channels_out)
+        self.conv_out = zero_initialized(nn.Conv1d(channels_out, channels_out, 3, padding=1))
         self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
@@ -47,11 +49,11 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 4):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"self-attention with {heads} heads needs channels that they divide, got {channels}")
+            raise ValueError(f"self-attention with {heads} heads needs a multiple of {heads} channels, got {channels}")
         self.heads = heads
-        self.norm = normalisation(channels)
+        self.norm = normalization(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.out = zero_initialised(nn.Conv1d(channels, channels, 1))
+        self.out = zero_initialized(nn.Conv1d(channels, channels, 1))
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, channels, L) -> (B, channels, L)."""
@@ -60,7 +62,7 @@ class SelfAttention(nn.Module):
         return h + self.out(mixed.transpose(-1, -2).flatten(1, 2))
 
 
-class UNet(nn.Module):
+class UNet(DescribedModule):
     """U-Net velocity field over a sequence of genes, after Dhariwal and Nichol 2021 (guided diffusion).
 
     Parameters
@@ -68,23 +70,22 @@ class UNet(nn.Module):
     n_genes
         Number of genes, G.
     condition_width
-        Features of a condition vector, C.
+        Features of a condition, C.
     channels
         Channels at full resolution.
     multipliers
-        Channels of each resolution as multiples of ``channels``; each further one halves the length.
+        Channels of each resolution as multiples of ``channels``; each resolution has half the length of the one before.
     blocks
-        Residual blocks at each resolution on the way down; one more on the way up.
+        Residual blocks of each resolution on the way down; there is one more on the way up.
     attention
         Whether the lowest resolution has self-attention.
     genes
-        Builds the gene tokens from ``n_genes`` and ``channels``: `GeneTokens` (one token a gene, the
-        paper's) or `GenePatches`.
+        ``(n_genes, channels) -> GeneLayout``: `GeneTokens` (one token per gene, as in the paper) or `GenePatches`.
 
     Raises
     ------
     ValueError
-        If a size is not positive, or attention has heads that do not divide the channels.
+        If a size is not positive, or the number of heads does not divide the channels.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class UNet(nn.Module):
         multipliers: Sequence[int] = (1, 2, 4, 8),
         blocks: int = 2,
         attention: bool = True,
-        genes: Callable[[int, int], nn.Module] = GeneTokens,
+        genes: Callable[[int, int], GeneLayout] = GeneTokens,
     ):
         super().__init__()
         if min(n_genes, condition_width, channels, blocks, len(multipliers), *multipliers) < 1:
@@ -141,7 +142,7 @@ class UNet(nn.Module):
         embedding = self.embed(t, condition)
         h = self.genes.tokens(x)
         length = h.shape[-1]
-        # At least two positions at the lowest resolution: a single one would be normalised to nothing.
+        # The lowest resolution needs two positions: normalization maps a single one to zero.
         padded = max(2 * self.stride, length + -length % self.stride)
         h = self.stem(nn.functional.pad(h, (0, padded - length)))
         skips = [h]

@@ -1,1 +1,1 @@
-"""Folders of models to share: save, load, hub and model card."""
+"""Trained models as folders of tensors and JSON, on disk or on the Hugging Face Hub. Reading one executes no code."""

@@ -1,4 +1,4 @@
-"""The page that a shared model is introduced by."""
+"""The model card: the README.md of a shared model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ tags:
 ---
 # PRiMeFlow model
 
-It generates log1p expression of {genes:,} genes for {perturbations:,} perturbations{alone_or_combined}{covariates}.
+The model generates log1p expression of {genes:,} genes for {perturbations:,} perturbations{alone_or_combined}{covariates}.
 
 ```python
 from primeflow_perturbench import PRiMeFlow
@@ -22,12 +22,12 @@ model = PRiMeFlow.from_pretrained("FOLDER")
 cells = model.sample([{example}], n=100)
 ```
 
-`config.json` holds settings and names, `model.safetensors` the tensors; neither can run code.
+`config.json` contains settings and names, `model.safetensors` the tensors; reading them executes no code.
 {sections}"""
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """Markdown that introduces a model, from its ``config.json``."""
+    """Markdown that describes a model, from its ``config.json``."""
     context = config["context"]
     delimiter = context["perturbation_combination_delimiter"]
     names = context["covariate_keys"]
@@ -39,21 +39,19 @@ def model_card(config: Mapping[str, Any]) -> str:
         license=f"license: {config['license']}\n" if config["license"] else "",
         genes=len(config["genes"]),
         perturbations=len(context["perturbation_uniques"]),
-        alone_or_combined=f", alone or joined by `{delimiter}`," if delimiter else "",
+        alone_or_combined=f", single or combined with `{delimiter}`," if delimiter else "",
         covariates=f" and the covariates {', '.join(f'`{name}`' for name in names)}" if names else "",
         example=example,
-        sections="".join(map(_section, *zip(*_sections(config), strict=True))),
+        sections="".join(
+            _section(title, config[entry])
+            for title, entry in (
+                ("Held-out conditions", "metrics"),
+                ("Training data", "data"),
+                ("Versions", "versions"),
+            )
+            if config[entry]
+        ),
     )
-
-
-def _sections(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Title and entries of each section."""
-    sections = [("Versions", config["versions"])]
-    if config["data"]:
-        sections.insert(0, ("Training data", config["data"]))
-    if config["metrics"]:
-        sections.insert(0, ("Held-out conditions", config["metrics"]))
-    return sections
 
 
 def _section(title: str, entries: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Read a checkpoint, or the folder of a shared model, and the settings of the run that a checkpoint lies in."""
+"""Read a checkpoint, or the folder of a shared model, and the settings of the run that it belongs to."""
 
 from pathlib import Path
 from typing import Any
@@ -7,21 +7,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.pretrained.folder import read_shared
+from primeflow_perturbench.pretrained.load import read_folder
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its weights left on disk until they are read, or the folder of a shared model.
+    """Content of a checkpoint, with its weights left on disk until they are used, or of a shared model's folder.
 
     Raises
     ------
     InputError
-        If there is none, or it is no perturbation model's.
+        If the file is missing or no checkpoint of a perturbation model.
     """
     if path.is_dir():
-        shared = read_shared(path)
-        record = {"train_context": shared.arguments["context"]}
-        return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.learnt}
+        shared = read_folder(path)
+        record = {"train_context": shared.config["context"]}
+        return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.config["learned"]}
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; give ckpt_path=PATH of a trained model")
     try:
@@ -33,11 +33,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def run_settings(checkpoint: Path) -> DictConfig:
-    """Settings of the run whose folder holds the checkpoint, none where there is no ``config.yaml``."""
+    """Settings of the run that wrote a checkpoint; empty if there is no ``config.yaml``."""
     config = config_beside(checkpoint)
-    return OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
+    found = OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
+    assert isinstance(found, DictConfig)
+    return found
 
 
 def config_beside(checkpoint: Path) -> Path:
-    """Where a run keeps its settings: the folder above its checkpoints."""
+    """Path of the run's settings: in the folder above its checkpoints."""
     return checkpoint.resolve().parent.parent / "config.yaml"

@@ -1,22 +1,22 @@
-"""A shared model on the Hugging Face hub."""
+"""Fetch a shared model from the Hugging Face Hub."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from primeflow_perturbench.data.download import hub_endpoint
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.errors import InputError, first_line
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a text is ``owner/name``, as the hub calls its repositories."""
+    """Whether a text has the form ``owner/name`` of a repository on the Hub."""
     return bool(NAME.fullmatch(name)) and ".." not in name
 
 
 def fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Folder of a hub's repository at a revision, with no other than some files.
+    """Download some files of a repository, and return their folder in the Hub's cache.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
     Raises
     ------
     InputError
-        If the hub has no such repository or revision, or cannot be reached.
+        If the Hub has no such repository or revision, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -42,13 +42,12 @@ def fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         raise InputError(f"{name} has no revision {revision!r} at {endpoint}; give a branch, tag or commit") from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{name} is no folder here, and {endpoint} has no model of this name that is open to you; give the "
-            "path of a folder, or owner/name of a public model"
+            f"{name} is no folder, and {endpoint} has no public model of this name; give the path of a folder, or "
+            "owner/name of a public model"
         ) from error
-    # The base of the hub's own error is that of its HTTP client; a missing cache is a FileNotFoundError.
+    # The bases of the Hub's error include that of its HTTP client; a missing cache is an OSError.
     except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{name} is no folder here, and it could not be fetched from {endpoint} ({reason}); give the path of a "
-            "folder, or try again"
+            f"{name} is no folder, and it could not be fetched from {endpoint} ({first_line(error)}); give the path of "
+            "a folder, or try again"
         ) from error

@@ -23,7 +23,7 @@ from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, c
 from primeflow_perturbench.model import PRiMeFlow, as_plain
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint, run_settings
-from primeflow_perturbench.pretrained.folder import build, read_shared
+from primeflow_perturbench.pretrained.load import build_model, read_folder
 from primeflow_perturbench.sampling.generate import detection_limit
 from primeflow_perturbench.sampling.sampler import Block
 from primeflow_perturbench.sampling.settings import SamplingSettings
@@ -181,7 +181,7 @@ def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any])
     if cfg.seed is not None:
         given["seed"] = cfg.seed
     if path.is_dir():
-        return build(PRiMeFlow, read_shared(path), **given)
+        return build_model(PRiMeFlow, read_folder(path), **given)
     model = PRiMeFlow.load_from_checkpoint(path, evaluation=None, map_location="cpu", weights_only=False, **given)
     if model.gene_names is None:
         raise InputError(f"{path} does not name its genes; train with a version of PerturBench that passes gene_names")

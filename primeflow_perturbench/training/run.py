@@ -19,7 +19,7 @@ from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import check_references
 from primeflow_perturbench.evaluation.score import data_columns, score_run
 from primeflow_perturbench.files import replacing, write_json
-from primeflow_perturbench.finetuning.report import TellTakenOver
+from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning
 from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, load_embedded
 from primeflow_perturbench.training.provenance import (
     commit,
@@ -153,7 +153,7 @@ def fit_and_test(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """
     folder = Path(cfg.paths.output_dir)
     try:
-        return train(cfg, callbacks=[TellTakenOver(folder, console), KeepPredictions(folder)])
+        return train(cfg, callbacks=[ReportFinetuning(folder, console), KeepPredictions(folder)])
     except SystemExit as stop:  # Lightning raises it on Ctrl-C, after the callbacks have saved.
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():

@@ -17,7 +17,7 @@ from primeflow_perturbench.conditions.condition import Condition
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace
 from primeflow_perturbench.model import PRiMeFlow
-from primeflow_perturbench.networks.gene_tokens import GenePatches
+from primeflow_perturbench.networks.gene_patches import GenePatches
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.unet import UNet
 from primeflow_perturbench.perturbench.backend import load

@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / "vectors.parquet"
 
 
-def test_rows_come_in_the_order_of_the_genes(table, path, caplog):
+def test_rows_are_in_the_order_of_the_genes(table, path, caplog):
     table.to_parquet(path)
     wanted = ["G7", "G0", "G19"]
     vectors = read_gene_vectors(path, wanted)
@@ -31,23 +31,23 @@ def test_rows_come_in_the_order_of_the_genes(table, path, caplog):
     assert caplog.records == []
 
 
-def test_genes_without_a_row_are_zero_and_named_once(table, path, caplog):
+def test_genes_without_a_row_are_zero_and_named_in_one_warning(table, path, caplog):
     table.iloc[[3, 5]].to_parquet(path)
     with caplog.at_level(logging.WARNING):
         vectors = read_gene_vectors(path, NAMES)
     np.testing.assert_allclose(vectors[[3, 5]], table.iloc[[3, 5]], rtol=1e-6)
     assert (vectors.abs().sum(1) > 0).nonzero().flatten().tolist() == [3, 5]
     [record] = caplog.records
-    named = "G0, G1, G2, G4, G6, G7, G8, G9, G10, G11 and 8 more"
+    named = "'G0', 'G1', 'G2', 'G4', 'G6', 'G7', 'G8', 'G9', 'G10', 'G11' and 8 more"
     assert record.getMessage() == f"18 of 20 genes have no row in the gene vectors {path}: {named}"
 
 
-def test_integers_are_numbers_too(path):
+def test_integers_are_accepted(path):
     pd.DataFrame({"a": [1, 2], "b": [3.5, 4]}, index=["G0", "G1"]).to_parquet(path)
     assert read_gene_vectors(path, ["G1", "G0"]).tolist() == [[2, 4], [1, 3.5]]
 
 
-def test_a_file_that_is_missing_or_no_parquet_is_refused(path):
+def test_a_file_that_is_missing_or_no_parquet_is_rejected(path):
     with pytest.raises(InputError, match="no file of gene vectors .*vectors.parquet"):
         read_gene_vectors(path, NAMES)
     path.write_text("gene,0\nG0,1\n")
@@ -55,32 +55,32 @@ def test_a_file_that_is_missing_or_no_parquet_is_refused(path):
         read_gene_vectors(path, NAMES)
 
 
-def test_a_column_of_words_is_refused(table, path):
+def test_a_text_column_is_rejected(table, path):
     table.rename_axis("gene").reset_index().to_parquet(path)
-    with pytest.raises(InputError, match="have the column 'gene', which holds no numbers"):
+    with pytest.raises(InputError, match="have the column 'gene', which is not numeric"):
         read_gene_vectors(path, NAMES)
 
 
-def test_a_table_without_columns_is_refused(table, path):
+def test_a_table_without_columns_is_rejected(table, path):
     table[[]].to_parquet(path)
-    with pytest.raises(InputError, match="have no column, expected a numeric column a feature"):
+    with pytest.raises(InputError, match="have no column, expected one numeric column per feature"):
         read_gene_vectors(path, NAMES)
 
 
-def test_a_gene_named_twice_is_refused(table, path):
+def test_a_gene_named_twice_is_rejected(table, path):
     table.iloc[[0, 1, 1]].to_parquet(path)
     with pytest.raises(InputError, match="name G1 more than once"):
         read_gene_vectors(path, NAMES)
 
 
-def test_other_names_of_genes_are_refused(table, path):
+def test_other_gene_names_are_rejected(table, path):
     table.to_parquet(path)
     with pytest.raises(InputError, match="none of the 2 genes, found G0, G1, G2 where ENSG1, ENSG2 were expected"):
         read_gene_vectors(path, ["ENSG1", "ENSG2"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_missing_values_are_refused_where_they_would_be_used(table, path, value):
+def test_missing_values_are_rejected_only_for_requested_genes(table, path, value):
     table.iloc[4, 1] = value
     table.to_parquet(path)
     with pytest.raises(InputError, match="missing or infinite values for G4;"):

@@ -8,7 +8,8 @@ from sklearn.decomposition import PCA
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace, check_gene_settings
 from primeflow_perturbench.expression.statistics import ExpressionStatistics
-from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
+from primeflow_perturbench.networks.gene_patches import GenePatches
+from primeflow_perturbench.networks.gene_tokens import GeneTokens
 from primeflow_perturbench.networks.unet import UNet
 
 G = 12

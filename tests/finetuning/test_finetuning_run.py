@@ -1,4 +1,4 @@
-"""A run that begins with a checkpoint of other cells: what it keeps, tells, freezes, how it resumes and is shared."""
+"""Runs that finetune a checkpoint on other cells: what they report, freeze and resume."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from builders import compose_config
 from rich.console import Console
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.finetuning.report import TellTakenOver, sentences
+from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning, report_lines
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
-from primeflow_perturbench.training.parameter_groups import check_finetuning, parameters_of_groups
+from primeflow_perturbench.training.parameter_groups import check_finetuning, parameters_by_group
 from primeflow_perturbench.training.schedule import warmup_cosine
 
 SETTINGS = [
@@ -60,7 +60,7 @@ def run(folder: Path, cells: Path, *overrides: str, callbacks=()) -> dict:
 
 @pytest.fixture(scope="module")
 def cells(screen_path, tmp_path_factory) -> dict[str, Path]:
-    """Two lines to pretrain on, and the third with other genes and with one perturbation that the others lack."""
+    """Two cell lines for pretraining, and a third with other genes and one more perturbation."""
     folder, screen = tmp_path_factory.mktemp("cells"), ad.read_h5ad(screen_path)
     labels, lines = screen.obs["condition"].astype(str), screen.obs["cell_type"].astype(str)
     third = sorted(lines.unique())[-1]
@@ -86,7 +86,7 @@ def pretrained(cells, tmp_path_factory) -> Path:
 
 
 def finetune(pretrained, *overrides):
-    return [f"ckpt_path={pretrained}", "+finetune=true", *overrides]
+    return [f"ckpt_path={pretrained}", "finetune=true", *overrides]
 
 
 def genes_of(model):
@@ -96,27 +96,31 @@ def genes_of(model):
 @pytest.fixture(scope="module")
 def finetuned(cells, pretrained, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("finetuned")
-    console = Console(file=(folder / "told.txt").open("w"), width=200)
-    tell = TellTakenOver(folder, console)
-    done = run(folder, cells["context"], *finetune(pretrained, "trainer.max_steps=6"), callbacks=[tell])
+    console = Console(file=(folder / "report.txt").open("w"), width=200)
+    report = ReportFinetuning(folder, console)
+    done = run(folder, cells["context"], *finetune(pretrained, "trainer.max_steps=6"), callbacks=[report])
     console.file.close()
     return folder, done
 
 
-def test_a_run_tells_and_keeps_what_it_has_taken_over(finetuned, cells):
+def test_a_run_prints_and_saves_what_it_takes_over(finetuned, cells):
     folder, _ = finetuned
     report = json.loads((folder / "finetune.json").read_text())
     old, new = (ad.read_h5ad(cells[name]).var_names.tolist() for name in ("atlas", "context"))
     assert report["genes"] == {"known": 70, "new": new[70:], "dropped": old[:30]}
     assert report["perturbations"]["new"] == ["G3"]
     assert report["covariates"]["cell_type"]["known"] == 0
-    told = (folder / "told.txt").read_text()
-    assert f"genes: 70 known to the checkpoint; 28 new ({', '.join(new[70:80])}, ...); 30 gone" in told
-    assert new[80] not in told
-    assert all(sentence in told for sentence in sentences(report))
+    printed = (folder / "report.txt").read_text()
+    assert f"genes: 70 known to the checkpoint; 28 new ({', '.join(new[70:80])}, ...); 30 dropped" in printed
+    assert new[80] not in printed
+    assert all(sentence in printed for sentence in report_lines(report))
 
 
-def test_a_finetuning_that_stopped_goes_on_by_its_own_checkpoint(finetuned, cells, tmp_path):
+def test_known_genes_keep_their_places(finetuned):
+    assert genes_of(finetuned[1]["model"]).place_of_gene[:70].tolist() == list(range(30, 100))
+
+
+def test_an_interrupted_finetuning_resumes_from_its_own_checkpoint(finetuned, cells, tmp_path):
     folder, _ = finetuned
     half = folder / "checkpoints/step4.ckpt"
     resumed = run(tmp_path, cells["context"], f"ckpt_path={half}", "trainer.max_steps=6")["model"]
@@ -132,7 +136,7 @@ def test_a_finetuning_that_stopped_goes_on_by_its_own_checkpoint(finetuned, cell
     )
 
 
-def test_a_finetuned_model_is_loaded_and_shared_with_its_free_places(finetuned, tmp_path):
+def test_a_finetuned_model_with_free_places_is_loaded_and_shared(finetuned, tmp_path):
     folder, _ = finetuned
     model = PRiMeFlow.load_from_checkpoint(
         folder / "checkpoints/last.ckpt", evaluation=None, map_location="cpu", weights_only=False
@@ -144,17 +148,17 @@ def test_a_finetuned_model_is_loaded_and_shared_with_its_free_places(finetuned, 
     assert torch.equal(shared.generate(condition), model.generate(condition))
 
 
-def test_frozen_groups_stay_and_others_move_at_their_rates(cells, pretrained, tmp_path):
-    groups = ["+finetuning.freeze=[genes]", "+finetuning.lr_factor={trunk: 0.1}"]
+def test_frozen_groups_stay_fixed_and_others_train_at_their_rates(cells, pretrained, tmp_path):
+    groups = ["finetuning={freeze: [genes], lr_factor: {trunk: 0.1}}"]
     before = run(tmp_path / "a", cells["context"], *finetune(pretrained, *groups, "train=true", "trainer.max_steps=2"))
     model, (optimizer,) = before["model"], before["trainer"].optimizers
     rates = [group["initial_lr"] for group in optimizer.param_groups]
     assert rates == pytest.approx([1e-2, 1e-3])
-    expected = parameters_of_groups(model)
+    expected = parameters_by_group(model)
     assert [group["params"] for group in optimizer.param_groups] == [expected["conditions"], expected["trunk"]]
     fresh = run(tmp_path / "b", cells["context"], *finetune(pretrained, "model.lr=0", "trainer.max_steps=1"))["model"]
     moved = {
-        name: [not torch.equal(a, b) for a, b in zip(expected[name], parameters_of_groups(fresh)[name], strict=True)]
+        name: [not torch.equal(a, b) for a, b in zip(expected[name], parameters_by_group(fresh)[name], strict=True)]
         for name in expected
     }
     assert not any(moved["genes"])
@@ -162,8 +166,8 @@ def test_frozen_groups_stay_and_others_move_at_their_rates(cells, pretrained, tm
     assert any(moved["trunk"])
 
 
-def test_each_group_rises_and_falls_to_a_share_of_its_own_rate():
-    """Torch's cosine has one floor for all groups, on which a group of a lower rate would rise."""
+def test_the_schedule_scales_the_rate_of_each_group():
+    """Torch's cosine has one floor for all groups, to which the rate of a slower group would rise."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.05)]
     optimizer = torch.optim.SGD(groups)
     schedule = warmup_cosine(optimizer, 10, 100, final_fraction=0.1)
@@ -179,8 +183,8 @@ def test_each_group_rises_and_falls_to_a_share_of_its_own_rate():
     assert first == pytest.approx(0.1)
 
 
-def test_each_parameter_is_of_one_group(finetuned):
-    groups = parameters_of_groups(finetuned[1]["model"])
+def test_each_parameter_belongs_to_one_group(finetuned):
+    groups = parameters_by_group(finetuned[1]["model"])
     every = [parameter for own in groups.values() for parameter in own]
     assert sorted(map(id, every)) == sorted(map(id, finetuned[1]["model"].parameters()))
     assert all(groups.values())
@@ -195,11 +199,11 @@ def test_each_parameter_is_of_one_group(finetuned):
         ({"rates": {}}, "no setting 'rates'; it has freeze and lr_factor"),
     ],
 )
-def test_groups_that_are_none_are_refused(given, sentence):
+def test_invalid_groups_are_rejected(given, sentence):
     with pytest.raises(InputError, match=sentence):
         check_finetuning(given)
 
 
 def test_finetuning_needs_a_checkpoint(cells, tmp_path):
     with pytest.raises(DataError, match="finetune=true starts from a trained model: give ckpt_path=PATH"):
-        run(tmp_path, cells["context"], "+finetune=true")
+        run(tmp_path, cells["context"], "finetune=true")

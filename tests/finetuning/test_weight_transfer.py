@@ -1,18 +1,19 @@
-"""A model of other genes, perturbations and covariates goes on from what a checkpoint knows."""
+"""Weights of a checkpoint are matched by the names of genes, perturbations and covariates."""
 
 from functools import partial
 
 import pytest
 import torch
-from builders import model_settings
 from torch import nn
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.space import PCASpace
-from primeflow_perturbench.flow.solver import ODESolver
+from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.networks.condition_embedding import External, Mixture
-from primeflow_perturbench.networks.gene_tokens import FREE, GenePatches, GeneTokens
+from primeflow_perturbench.networks.gene_layout import FREE
+from primeflow_perturbench.networks.gene_patches import GenePatches
+from primeflow_perturbench.networks.gene_tokens import GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
 from primeflow_perturbench.networks.unet import UNet
@@ -56,14 +57,12 @@ def build(genes=GENES, perturbations=PERTURBATIONS, covariates=LINES, network="p
         "evaluation": None,
         "gene_names": list(genes),
         "network": (NETWORKS | OTHER)[network],
-        "solver": ODESolver("midpoint", steps=2),
-        "detection_limit": None,
     }
-    return PRiMeFlow(**model_settings(**(given | settings)))
+    return PRiMeFlow(**given | settings)
 
 
 def trained(**settings):
-    """A model whose parameters are none that a fresh one has, over places in an order of its own."""
+    """A model whose parameters differ from those of every fresh one."""
     model = build(**settings)
     for i, parameter in enumerate(model.parameters()):
         nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(100 + i))
@@ -85,7 +84,7 @@ def finetuned(old, **settings):
 
 
 def condition(model, labels, lines=None):
-    """Condition vectors of labels, in turn of the lines, by the model's own vocabulary."""
+    """Conditions of labels with alternating lines, in the model's vocabulary."""
     context = model.training_record["train_context"]
     perturbations = torch.tensor(
         [[float(name in label.split("+")) for name in context["perturbation_uniques"]] for label in labels]
@@ -109,7 +108,7 @@ def velocity(model, x, labels=LABELS):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_same_data_take_over_every_weight(network):
+def test_the_same_data_keep_every_weight(network):
     old = trained(network=network)
     new = finetuned(old, network=network)
     state = new.state_dict()
@@ -127,7 +126,7 @@ def test_genes_in_another_order_keep_their_velocity(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_gene_that_is_gone_is_a_gene_that_reads_zero(network):
+def test_a_missing_gene_equals_a_gene_with_value_zero(network):
     old, kept = trained(network=network), [10, 2, 3, 7, 0]
     new = finetuned(old, network=network, genes=[GENES[i] for i in kept])
     x = torch.zeros(4, 11)
@@ -137,8 +136,8 @@ def test_a_gene_that_is_gone_is_a_gene_that_reads_zero(network):
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "tokens"])
-def test_a_new_gene_on_a_free_place_leaves_the_known_ones_alone(network):
-    """A gene that is new and silent is no gene; the token of one has an embedding, so that it is never silent."""
+def test_a_new_gene_on_a_free_place_does_not_affect_known_genes(network):
+    """A new gene with value 0 has no effect, except as a token, which has an embedding."""
     old, genes = trained(network=network), ["new", *GENES[2:], "other"]
     new = finetuned(old, network=network, genes=genes)
     x = torch.zeros(4, 11)
@@ -147,14 +146,14 @@ def test_a_new_gene_on_a_free_place_leaves_the_known_ones_alone(network):
     found = velocity(new, full)
     torch.testing.assert_close(found[:, 1:-1], velocity(old, x)[:, 2:])
     if network != "mlp":
-        assert (found[:, [0, -1]] == 0).all(), "the read-out of a new gene starts silent"
+        assert (found[:, [0, -1]] == 0).all(), "the read-out of a new gene starts at zero"
     changed = full.clone()
     changed[:, 0] = 1
     assert not torch.equal(velocity(new, changed)[:, 1:-1], found[:, 1:-1]), "the new gene is read"
 
 
 @pytest.mark.parametrize(("network", "places"), [("patches", 16), ("tokens", 14)])
-def test_more_new_genes_than_free_places_come_at_the_end(network, places):
+def test_new_genes_fill_free_places_and_then_the_end(network, places):
     added = [f"new{i}" for i in range(5)]
     old = trained(network=network)
     new = finetuned(old, network=network, genes=[*added, *GENES[2:]])
@@ -176,7 +175,7 @@ def test_more_new_genes_than_free_places_come_at_the_end(network, places):
     assert velocity(new, random(4, 14)).shape == (4, 14)
 
 
-def test_what_is_new_is_the_seeds_own():
+def test_new_weights_depend_on_the_seed_alone():
     old, genes = trained(), [*GENES, *(f"new{i}" for i in range(9))]
     one = finetuned(old, genes=genes)
     torch.randn(7)
@@ -189,7 +188,7 @@ def first_layer(model):
     return model.network.embed.condition[0]
 
 
-def test_conditions_go_by_name_and_new_ones_start_in_the_middle():
+def test_conditions_are_matched_by_name_and_new_ones_start_at_the_mean():
     old = trained()
     new = finetuned(old, perturbations=["N", "G2", "G0"], covariates={"line": ["gamma", "beta"]})
     was, now = first_layer(old).weight, first_layer(new).weight
@@ -200,7 +199,7 @@ def test_conditions_go_by_name_and_new_ones_start_in_the_middle():
     assert new.taken_over["covariates"] == {"line": {"known": 1, "new": ["gamma"], "dropped": ["alpha"]}}
 
 
-def test_a_covariate_that_is_gone_leaves_its_mean_but_not_in_the_null_condition():
+def test_a_missing_covariate_leaves_its_mean_except_in_the_null_condition():
     covariates = LINES | {"dataset": ["x", "y"]}
     old = trained(covariates=covariates)
     new = finetuned(old)
@@ -212,7 +211,7 @@ def test_a_covariate_that_is_gone_leaves_its_mean_but_not_in_the_null_condition(
     assert new.taken_over["covariates"]["dataset"] == {"known": 0, "new": [], "dropped": ["x", "y"]}
 
 
-def test_a_covariate_that_is_new_starts_silent():
+def test_a_new_covariate_starts_at_zero():
     old, covariates = trained(), {"dose": None, **LINES, "dataset": ["x", "y"]}
     new = finetuned(old, covariates=covariates)
     now, was = first_layer(new).weight, first_layer(old).weight
@@ -220,11 +219,8 @@ def test_a_covariate_that_is_new_starts_silent():
     assert torch.equal(now[:, [0, 1, 2, 4, 5, 8]], was)
 
 
-@pytest.mark.parametrize("conditions", [Mixture])
-def test_learned_embeddings_of_perturbations_are_matched_by_name(conditions):
-    settings = {"conditions": partial(conditions, width=5)}
-    if conditions is Mixture:
-        settings["conditions"] = partial(conditions, width=5, embeddings=[table()])
+def test_learned_embeddings_of_perturbations_are_matched_by_name():
+    settings = {"conditions": partial(Mixture, width=5, embeddings=[table()])}
     old = trained(**settings)
     new = finetuned(old, perturbations=["G2", "N"], **settings)
     torch.testing.assert_close(new.conditions.learned[0], old.conditions.learned[2])
@@ -238,7 +234,7 @@ def table():
     return pd.DataFrame(random(4, 2, seed=9).numpy() + 3, index=["G0", "G1", "G2", "N"], columns=["a", "b"])
 
 
-def test_rows_of_embeddings_are_read_in_the_units_of_the_checkpoint():
+def test_external_embeddings_are_converted_to_the_units_of_the_checkpoint():
     settings = {"conditions": partial(External, width=5, embeddings=[table()])}
     old = trained(**settings)
     new = finetuned(old, perturbations=["N", "G2"], **settings)
@@ -248,10 +244,10 @@ def test_rows_of_embeddings_are_read_in_the_units_of_the_checkpoint():
     assert torch.equal(new.conditions.project.weight, old.conditions.project.weight)
 
 
-def test_statistics_of_the_new_cells_are_not_the_checkpoints():
-    old = trained(precondition=True)
+def test_statistics_of_cells_are_not_taken_from_the_checkpoint():
+    old = trained(objective=Objective(precondition=True))
     old.network.mean.fill_(7.0)
-    new = finetuned(old, genes=GENES[3:], precondition=True)
+    new = finetuned(old, genes=GENES[3:], objective=Objective(precondition=True))
     assert (new.network.mean == 0).all()
     assert new.learned_detection_limit is None
 
@@ -260,8 +256,7 @@ def test_statistics_of_the_new_cells_are_not_the_checkpoints():
     ("old", "new", "sentence"),
     [
         ({"network": "mlp"}, {}, "another kind of model: it lacks '.*', which the model has"),
-        ({}, {"network": "residual_mlp"}, "another kind of model: it lacks"),
-        ({"precondition": True}, {}, "another kind of model: it lacks"),
+        ({"objective": Objective(precondition=True)}, {}, "another kind of model: it lacks"),
         (
             {"network": "mlp"},
             {"network": "narrow_mlp"},
@@ -274,11 +269,11 @@ def test_statistics_of_the_new_cells_are_not_the_checkpoints():
         (
             {"space": partial(PCASpace, n_components=4), "network": "mlp"},
             {"space": partial(PCASpace, n_components=4), "network": "mlp", "genes": GENES[1:]},
-            "principal components, which belong to its own genes",
+            "principal components, which belong to its genes",
         ),
     ],
 )
-def test_what_has_no_names_must_agree(old, new, sentence):
+def test_settings_that_cannot_be_matched_by_name_must_agree(old, new, sentence):
     old = trained(**old)
     if sentence is None:
         finetuned(old, **new)

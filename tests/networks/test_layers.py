@@ -7,13 +7,13 @@ from primeflow_perturbench.networks.layers import (
     AdaptiveBranch,
     TimeConditionEmbedding,
     feed_forward,
-    normalisation,
+    normalization,
     sinusoidal_embedding,
-    zero_initialised,
+    zero_initialized,
 )
 
 
-def test_the_time_embedding_equals_a_plain_rewrite():
+def test_the_time_embedding_equals_a_plain_implementation():
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     expected = np.zeros((3, 10))
     for row, time in enumerate(t.tolist()):
@@ -34,7 +34,7 @@ def test_times_of_a_fine_grid_have_different_embeddings():
     assert (sinusoidal_embedding(torch.linspace(0, 1, 101), 2, max_period=1.0)[:, 0] != 1).any()
 
 
-def test_time_and_condition_add():
+def test_time_and_condition_embeddings_are_added():
     torch.manual_seed(0)
     embed = TimeConditionEmbedding(4, 8)
     t, condition = torch.rand(3), torch.randn(3, 4)
@@ -54,15 +54,15 @@ def test_the_first_layer_of_a_pair_is_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize("width", [0, 7, -2])
-def test_an_odd_embedding_is_refused(width):
+def test_an_odd_embedding_width_is_rejected(width):
     with pytest.raises(ValueError, match=f"positive and even, got {width}"):
         TimeConditionEmbedding(4, width)
 
 
-def test_zero_initialised_returns_the_same_module_with_zeros():
+def test_zero_initialized_returns_the_same_module_with_zeros():
     conv = nn.Conv1d(2, 3, 3)
     assert conv.weight.abs().sum() > 0
-    assert zero_initialised(conv) is conv
+    assert zero_initialized(conv) is conv
     assert sum(parameter.abs().sum() for parameter in conv.parameters()) == 0
     assert conv.weight.requires_grad
 
@@ -71,14 +71,14 @@ def test_zero_initialised_returns_the_same_module_with_zeros():
     ("channels", "most", "groups"), [(64, 32, 32), (48, 32, 16), (7, 32, 1), (8, 32, 8), (64, 1, 1)]
 )
 def test_groups_divide_the_channels(channels, most, groups):
-    norm = normalisation(channels, most)
+    norm = normalization(channels, most)
     assert norm.num_groups == groups
     assert norm.num_channels == channels
 
 
-def test_normalisation_equals_a_plain_rewrite():
+def test_normalization_equals_a_plain_implementation():
     h = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    norm = normalisation(8, 4).double()
+    norm = normalization(8, 4).double()
     grouped = h.numpy().reshape(2, norm.num_groups, -1)
     mean, var = grouped.mean(-1, keepdims=True), grouped.var(-1, keepdims=True)
     expected = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(2, 8, 5)
@@ -86,7 +86,7 @@ def test_normalisation_equals_a_plain_rewrite():
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6)])
-def test_an_adaptive_branch_equals_a_plain_rewrite(shape):
+def test_an_adaptive_branch_equals_a_plain_implementation(shape):
     torch.manual_seed(0)
     block = AdaptiveBranch(6, 5, feed_forward(6, 2))
     nn.init.normal_(block.modulation.weight)
@@ -112,7 +112,7 @@ def test_an_adaptive_branch_equals_a_plain_rewrite(shape):
     assert np.abs(expected - h.numpy()).max() > 0.1
 
 
-def test_a_fresh_adaptive_branch_passes_its_input_on_and_can_learn():
+def test_a_fresh_adaptive_branch_returns_its_input_and_can_learn():
     torch.manual_seed(0)
     block, h = AdaptiveBranch(6, 5, feed_forward(6, 2)), torch.randn(2, 6)
     out = block(h, torch.randn(2, 5))
@@ -123,8 +123,8 @@ def test_a_fresh_adaptive_branch_passes_its_input_on_and_can_learn():
     assert shift.abs().max() == scale.abs().max() == 0
 
 
-def test_one_feature_of_many_is_heard_as_loudly_as_all_of_them():
-    """Of 400 features one is 1: the first layer answers as a layer of dense features of unit size would."""
+def test_a_multi_hot_condition_has_the_scale_of_a_dense_one():
+    """One of 400 features is 1; the first layer has outputs of the size that dense features of unit size give."""
     torch.manual_seed(0)
     dense, sparse = TimeConditionEmbedding(400, 64), TimeConditionEmbedding(400, 64)
     sparse.expect_multi_hot()

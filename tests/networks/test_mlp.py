@@ -19,7 +19,7 @@ def inputs(n_cells, n_genes, dtype=torch.float32):
     return x, t, torch.randn(n_cells, WIDTH, generator=generator, dtype=dtype)
 
 
-def test_the_network_equals_a_plain_rewrite():
+def test_the_network_equals_a_plain_implementation():
     network = small()
     x, t, condition = inputs(3, 5)
 
@@ -37,7 +37,7 @@ def test_the_network_equals_a_plain_rewrite():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_parameters_are_as_many_as_a_count_by_hand(depth):
+def test_number_of_parameters_equals_a_count_by_hand(depth):
     network = small(n_genes=7, depth=depth)
     embed = (8 * 8 + 8) * 2 + (WIDTH * 8 + 8) + (8 * 8 + 8)
     hidden = ((7 + 8) * 16 + 16) + (depth - 1) * (16 * 16 + 16)
@@ -46,12 +46,12 @@ def test_parameters_are_as_many_as_a_count_by_hand(depth):
 
 
 @pytest.mark.parametrize("setting", ["n_genes", "condition_width", "width", "depth", "embedding_width"])
-def test_sizes_that_are_not_positive_are_refused(setting):
+def test_sizes_that_are_not_positive_are_rejected(setting):
     sizes = {"n_genes": 5, "condition_width": WIDTH, "width": 16, "depth": 2, "embedding_width": 8}
     with pytest.raises(ValueError, match=f"positive sizes, got .*{setting} 0"):
         MLP(**{**sizes, setting: 0})
 
 
-def test_an_odd_embedding_is_refused():
+def test_an_odd_embedding_width_is_rejected():
     with pytest.raises(ValueError, match="even, got 7"):
         small(embedding_width=7)

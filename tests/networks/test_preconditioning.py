@@ -1,4 +1,4 @@
-"""With a silent network the velocity of Gaussian data is exact; the network adds to it in its units."""
+"""With a network that returns 0 the velocity of Gaussian data is exact; the network adds to it in its units."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MEAN, STD = torch.tensor([0.0, 1.5, 3.0], dtype=torch.float64), torch.tensor([0.
 
 
 class Constant(nn.Module):
-    """A network that always answers the same, and remembers what it was given."""
+    """A network that returns a constant and records its input."""
 
     def __init__(self, value: float):
         super().__init__()
@@ -37,8 +37,8 @@ def pairs(n: int, t: float):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 1.0])
-def test_silent_network_gives_the_regression_of_velocity_on_position(t):
-    """Least squares of dx_t on x_t, gene by gene: the best linear answer, and for Gaussians the best of all."""
+def test_zero_network_gives_the_regression_of_velocity_on_position(t):
+    """Least squares of dx_t on x_t, gene by gene: the best linear prediction, and for Gaussians the best of all predictions."""
     sample = pairs(200_000, t)
     velocity = preconditioned()(sample.x_t, sample.t, None)
     for gene in range(3):
@@ -48,7 +48,7 @@ def test_silent_network_gives_the_regression_of_velocity_on_position(t):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 1.0])
-def test_input_and_rest_have_unit_scale(t):
+def test_input_and_target_have_unit_scale(t):
     sample = pairs(200_000, t)
     network = preconditioned()
     silent = network(sample.x_t, sample.t, None)
@@ -57,7 +57,7 @@ def test_input_and_rest_have_unit_scale(t):
     np.testing.assert_allclose(((sample.dx_t - silent) / unit).std(0), 1, atol=0.02)
 
 
-def test_silent_network_samples_the_gaussian_itself():
+def test_zero_network_samples_the_gaussian():
     network = preconditioned()
     x_0 = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x_1 = ODESolver("midpoint", 50).integrate(lambda x, t: network(x, t, None), x_0)
@@ -67,7 +67,7 @@ def test_silent_network_samples_the_gaussian_itself():
     assert (plain - (MEAN + STD * x_0)).abs().max() > 1
 
 
-def test_a_gene_never_seen_stays_finite():
+def test_a_gene_that_is_never_expressed_stays_finite():
     network = GaussianPreconditioning(Constant(1.0), 3)
     network.set_statistics(torch.zeros(3), torch.zeros(3))
     for t in (0.0, 0.5, 1.0):

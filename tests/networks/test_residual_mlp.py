@@ -6,11 +6,20 @@ from primeflow_perturbench.networks.layers import sinusoidal_embedding
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
 
 WIDTH = 4
-SIZES = {"n_genes": 5, "condition_width": WIDTH, "width": 16, "depth": 2, "expansion": 3, "embedding_width": 8}
+SIZES = {
+    "n_genes": 5,
+    "condition_width": WIDTH,
+    "width": 16,
+    "depth": 2,
+    "expansion": 3,
+    "embedding_width": 8,
+    "functions": 0,
+    "direct": False,
+}
 
 
 def build(**settings):
-    """A small network with noise on every parameter, so that what starts at zero speaks."""
+    """A small network with noise on every parameter, so that none is zero."""
     torch.manual_seed(0)
     network = ResidualMLP(**{**SIZES, "functions": 0, "direct": False, **settings})
     with torch.no_grad():
@@ -63,7 +72,7 @@ def plain_velocity(network, x, t, condition):
 
 @pytest.mark.parametrize("reading", [{}, {"functions": 1}, {"functions": 4, "direct": True}, {"direct": True}])
 @pytest.mark.parametrize(("n_genes", "depth"), [(5, 2), (1, 1), (33, 3)])
-def test_the_network_equals_a_plain_rewrite(n_genes, depth, reading):
+def test_the_network_equals_a_numpy_implementation(n_genes, depth, reading):
     network = build(n_genes=n_genes, depth=depth, **reading)
     batch = inputs(3, n_genes)
     expected = plain_velocity(network, *batch)
@@ -72,15 +81,15 @@ def test_the_network_equals_a_plain_rewrite(n_genes, depth, reading):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_parameters_are_as_many_as_a_count_by_hand(depth):
+def test_number_of_parameters_equals_a_count_by_hand(depth):
     embed = (8 * 8 + 8) * 2 + (WIDTH * 8 + 8) + (8 * 8 + 8)
     block = (8 + 1) * 3 * 16 + (16 + 1) * 48 + (48 + 1) * 16
     ends = (5 + 1) * 16 + 2 * 16 + (16 + 1) * 5
     assert sum(parameter.numel() for parameter in build(depth=depth).parameters()) == embed + depth * block + ends
 
 
-def test_what_reads_own_values_and_the_embedding_is_silent_at_first():
-    network = ResidualMLP(**SIZES, functions=4, direct=True)
+def test_own_values_and_the_embedding_contribute_nothing_initially():
+    network = ResidualMLP(**{**SIZES, "functions": 4, "direct": True})
     assert (network(*inputs(3, 5)) == 0).all()
     own = {name: value.shape for name, value in network.own.named_parameters()}
     assert own == {"scale": (1, 3, 5), "shift": (1, 3, 5), "bias": (1, 4, 5), "read_out": (1, 16, 4, 5)}
@@ -89,12 +98,12 @@ def test_what_reads_own_values_and_the_embedding_is_silent_at_first():
         build(functions=-2)
 
 
-@pytest.mark.parametrize("setting", SIZES)
-def test_sizes_that_are_not_positive_are_refused(setting):
+@pytest.mark.parametrize("setting", [name for name in SIZES if name not in ("functions", "direct")])
+def test_sizes_that_are_not_positive_are_rejected(setting):
     with pytest.raises(ValueError, match=f"positive sizes, got .*{setting} 0"):
         ResidualMLP(**{**SIZES, setting: 0})
 
 
-def test_an_odd_embedding_is_refused():
+def test_an_odd_embedding_width_is_rejected():
     with pytest.raises(ValueError, match="even, got 7"):
         build(embedding_width=7)

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.networks.gene_tokens import GenePatches, GeneTokens
+from primeflow_perturbench.networks.gene_patches import GenePatches
+from primeflow_perturbench.networks.gene_tokens import GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
 from primeflow_perturbench.networks.unet import ResidualBlock, SelfAttention, UNet
 
 WIDTH = 3
+PATCHES = partial(GenePatches, patch=8, functions=0, direct=False)
 SIZES = {"channels": 8, "multipliers": (1, 2, 4), "blocks": 1}
 NETWORKS = {
     "tokens": partial(UNet, **SIZES),
-    "patches": partial(UNet, genes=partial(GenePatches, patch=8, functions=0, direct=False), **SIZES),
+    "patches": partial(UNet, genes=PATCHES, **SIZES),
     "mlp": partial(MLP, width=16, depth=2, embedding_width=8),
     "residual_mlp": partial(ResidualMLP, width=16, depth=2, embedding_width=8),
 }
@@ -27,7 +29,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 def perturbed(module, scale=0.1, seed=0):
-    """The module with noise on every parameter, so that what starts at zero speaks."""
+    """The module with noise on every parameter, so that none is zero."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -51,7 +53,7 @@ def count(module):
 
 @pytest.mark.parametrize("n_genes", [1, 5, 8, 13, 128])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_shape_type_and_gradients(name, n_genes):
+def test_velocity_has_the_shape_and_type_of_x_and_every_parameter_a_gradient(name, n_genes):
     network = build(name, n_genes)
     for n_cells in (1, 2, 7):
         x, t, condition = inputs(n_cells, n_genes)
@@ -64,8 +66,8 @@ def test_shape_type_and_gradients(name, n_genes):
         for key, parameter in network.named_parameters():
             assert parameter.grad is not None, key
             assert parameter.grad.isfinite().all(), key
-    silent = [key for key, parameter in network.named_parameters() if (parameter.grad == 0).all()]
-    assert silent == []
+    unused = [key for key, parameter in network.named_parameters() if (parameter.grad == 0).all()]
+    assert unused == []
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -89,7 +91,7 @@ def test_condition_time_and_expression_change_the_velocity(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_cells_do_not_see_each_other(name):
+def test_cells_of_a_batch_are_independent(name):
     network = build(name, 13)
     batch = inputs(5, 13)
     alone = torch.cat([network(*(part[[row]] for part in batch)) for row in range(5)])
@@ -98,9 +100,9 @@ def test_cells_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2, 4)])
-@pytest.mark.parametrize("genes", [GeneTokens, GenePatches])
-def test_one_gene_of_one_cell_is_read(genes, multipliers):
-    """A norm over one value leaves nothing of it: the gene's value has to reach the velocity all the same."""
+@pytest.mark.parametrize("genes", [GeneTokens, PATCHES])
+def test_a_single_gene_of_a_single_cell_affects_the_velocity(genes, multipliers):
+    """Normalizing a single value would erase it, but the velocity must depend on the gene's value."""
     torch.manual_seed(0)
     network = perturbed(UNet(1, WIDTH, channels=32, multipliers=multipliers, blocks=1, genes=genes))
     x, t, condition = inputs(1, 1)
@@ -108,27 +110,27 @@ def test_one_gene_of_one_cell_is_read(genes, multipliers):
 
 
 @pytest.mark.parametrize("name", [*UNETS, "residual_mlp"])
-def test_a_fresh_network_gives_no_velocity(name):
+def test_a_fresh_network_has_zero_velocity(name):
     torch.manual_seed(0)
     assert (NETWORKS[name](13, WIDTH)(*inputs(2, 13)) == 0).all()
 
 
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("setting", [{"blocks": 2}, {"attention": False}, {"multipliers": (1, 2)}, {"channels": 12}])
-def test_every_setting_acts(name, setting):
+def test_every_setting_has_an_effect(name, setting):
     plain, changed = NETWORKS[name](13, WIDTH), NETWORKS[name](13, WIDTH, **setting)
     assert count(plain) != count(changed)
     assert changed(*inputs(2, 13)).shape == (2, 13)
 
 
-# --- values against a rewrite
+# --- values against a plain implementation
 
 
 def silu(h):
     return h * torch.sigmoid(h)
 
 
-def test_a_residual_block_equals_a_plain_rewrite():
+def test_a_residual_block_equals_a_plain_implementation():
     block = perturbed(ResidualBlock(8, 12, 6))
     h, embedding = random(2, 8, 5), random(2, 6, seed=1)
     film = silu(embedding) @ block.film.weight.T + block.film.bias
@@ -140,13 +142,13 @@ def test_a_residual_block_equals_a_plain_rewrite():
     assert (expected - block.skip(h)).abs().max() > 0.1
 
 
-def test_a_fresh_residual_block_of_equal_widths_passes_its_input_on():
+def test_a_fresh_residual_block_of_equal_widths_returns_its_input():
     torch.manual_seed(0)
     h = random(2, 8, 5)
     torch.testing.assert_close(ResidualBlock(8, 8, 6)(h, random(2, 6)), h, rtol=0, atol=0)
 
 
-def test_self_attention_equals_a_plain_rewrite():
+def test_self_attention_equals_a_plain_implementation():
     channels, heads, length = 8, 4, 5
     attention = perturbed(SelfAttention(channels, heads))
     h = random(2, channels, length)
@@ -172,7 +174,7 @@ def residual(a, b, embedding):
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_parameters_are_as_many_as_a_count_by_hand(attention):
+def test_number_of_parameters_equals_a_count_by_hand(attention):
     c, n_genes, w = 8, 13, 32
     network = UNet(n_genes, WIDTH, channels=c, multipliers=(1, 2), blocks=1, attention=attention)
     genes = c + c * n_genes + 2 * c + conv(c, 1, 3)
@@ -190,7 +192,7 @@ def test_parameters_are_as_many_as_a_count_by_hand(attention):
 
 
 def train_briefly(network, n_genes, steps=40):
-    """Fit a velocity whose target is another number for each gene."""
+    """Fit a velocity with a different target for each gene."""
     generator = torch.Generator().manual_seed(0)
     target = 2 * torch.randn(n_genes, generator=generator)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -214,7 +216,7 @@ def permutation_gap(network, n_genes):
 
 
 @pytest.mark.parametrize("name", [*UNETS, "residual_mlp"])
-def test_a_trained_network_tells_genes_apart(name):
+def test_a_trained_network_distinguishes_genes(name):
     torch.manual_seed(0)
     network = NETWORKS[name](24, WIDTH)
     losses = train_briefly(network, 24)
@@ -222,8 +224,8 @@ def test_a_trained_network_tells_genes_apart(name):
     assert permutation_gap(network, 24) > 0.3
 
 
-def test_without_embeddings_and_neighbours_genes_would_be_exchangeable():
-    """The same check on a network that cannot tell genes apart: the gap above is no accident of rounding."""
+def test_without_embeddings_and_neighbors_genes_are_exchangeable():
+    """The same check on a network that cannot distinguish genes shows that the gap above is no rounding error."""
     torch.manual_seed(0)
     network = UNet(24, WIDTH, channels=8, multipliers=(1,), blocks=1).double()
     perturbed(network)
@@ -240,17 +242,17 @@ def test_without_embeddings_and_neighbours_genes_would_be_exchangeable():
     assert own.abs().max() > 0.1
     with torch.no_grad():
         blind.genes.embedding.copy_(network.genes.embedding)
-    told = blind(x[:, order], t, condition) - blind(x, t, condition)[:, order]
-    assert told.abs().max() > 0.1
+    embedded = blind(x[:, order], t, condition) - blind(x, t, condition)[:, order]
+    assert embedded.abs().max() > 0.1
 
 
 def test_with_equal_embeddings_a_shift_of_genes_shifts_the_velocity():
-    """What a convolution does without weights of a gene's own, and no longer does with them."""
+    """A convolution is equivariant to shifts; embeddings of genes break that."""
     n_genes, shift = 128, 8
     torch.manual_seed(0)
     network = perturbed(UNet(n_genes, WIDTH, channels=8, multipliers=(1, 2), blocks=1).double())
     _, t, condition = inputs(2, n_genes, torch.float64)
-    # Constant up to far from the borders, so that the shift leaves what the borders see as it was.
+    # Zero near the borders, so that the shift does not change what the borders read.
     x = torch.zeros(2, n_genes, dtype=torch.float64)
     x[:, 52:68] = random(2, 16, dtype=torch.float64)
     inside = slice(44, 92)
@@ -281,7 +283,7 @@ def test_the_padding_of_patches_does_not_reach_the_velocity():
 
 
 @pytest.mark.parametrize("n_genes", [1, 5, 8, 9, 11])
-def test_a_length_that_the_stride_does_not_divide_is_padded_with_zeros_behind(n_genes):
+def test_a_length_that_the_stride_does_not_divide_is_padded_with_zeros_at_the_end(n_genes):
     """The same network with its token sequence padded by hand gives the same velocity."""
     network = build("tokens", n_genes)
     x, t, condition = inputs(2, n_genes)
@@ -307,12 +309,12 @@ def test_a_length_that_the_stride_does_not_divide_is_padded_with_zeros_behind(n_
         ({"blocks": 0}, "blocks 0"),
     ],
 )
-def test_sizes_that_are_not_positive_are_refused(setting, shown):
+def test_sizes_that_are_not_positive_are_rejected(setting, shown):
     with pytest.raises(ValueError, match=f"a U-Net needs positive sizes, got .*{shown}"):
         UNet(**{"n_genes": 5, "condition_width": WIDTH, **SIZES, **setting})
 
 
-def test_attention_heads_that_do_not_divide_the_channels_are_refused():
-    with pytest.raises(ValueError, match="4 heads needs channels that they divide, got 6"):
+def test_attention_heads_that_do_not_divide_the_channels_are_rejected():
+    with pytest.raises(ValueError, match="4 heads needs a multiple of 4 channels, got 6"):
         UNet(5, WIDTH, channels=6, multipliers=(1,), blocks=1)
     assert UNet(5, WIDTH, channels=6, multipliers=(1,), blocks=1, attention=False)(*inputs(1, 5)).shape == (1, 5)

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import torch
 from builders import build_model
 
-from primeflow_perturbench.networks.compiling import CompiledEvaluation
 from primeflow_perturbench.networks.mlp import MLP
 
 GENES, PERTURBATIONS = ["g0", "g1", "g2"], ["p0", "p1"]
@@ -58,12 +57,11 @@ def test_compiling_changes_neither_cells_nor_parameter_names(monkeypatch):
 def test_training_is_compiled_as_well():
     model, seen = build(compile=True), []
 
-    class Watched(CompiledEvaluation):
-        def __call__(self, network, x, t, condition):
-            seen.append(network)
-            return network(x, t, condition)
+    def evaluate(network, x, t, condition):
+        seen.append(network)
+        return network(x, t, condition)
 
-    model._evaluation = Watched()
+    model._evaluation = evaluate
     batch = SimpleNamespace(gene_expression=torch.rand(4, len(GENES)), perturbations=torch.rand(4, 2), covariates=None)
     model.training_step(batch, 0)
     assert seen == [model.network]
