@@ -157,10 +157,9 @@ class PRiMeFlow(PerturbationModel):
         self.taken_over: dict[str, Any] | None = None
         self.uncalibrated_labels: set[str] = set()
 
-    def take_over(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    def take_over(self, checkpoint: Mapping[str, Any]) -> None:
         """Start from the weights of a checkpoint, matched by name, see `finetuning.weight_transfer`."""
         self.taken_over = take_over(self, checkpoint)
-        return self.taken_over
 
     def configure_optimizers(self) -> Any:
         """The optimizer and scheduler of the settings; PerturBench's Adam if the model has no ``optimizer``."""
@@ -276,7 +275,7 @@ class PRiMeFlow(PerturbationModel):
         seed: int | None = None,
         perturbation_embeddings: pd.DataFrame | Sequence[pd.DataFrame] | None = None,
     ) -> ad.AnnData:
-        """Generate cells of conditions, measured or not; see `pretrained.sample.sample_conditions`."""
+        """Generate cells of conditions, measured or not; see `sampling.sample.sample_conditions`."""
         return sample_conditions(self, conditions, n, seed, perturbation_embeddings)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
@@ -285,7 +284,7 @@ class PRiMeFlow(PerturbationModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "PRiMeFlow":
-        """Load a folder, or ``owner/name`` from the Hugging Face hub; see `pretrained.load.load_model`."""
+        """Load a folder, or ``owner/name`` from the Hugging Face Hub; see `pretrained.load.load_model`."""
         return load_model(cls, name, revision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
