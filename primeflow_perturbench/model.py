@@ -134,10 +134,8 @@ class PRiMeFlow(PerturbationModel):
             if type(self.conditions) is MultiHot and perturbation_embedding_width is None:
                 expect_multi_hot(self.network)
         if perturbation_embedding_width is not None and type(self.conditions) is not MultiHot:
-            raise InputError(
-                "perturbation_embeddings_path of the data replaces perturbations by embeddings; remove it and pass the "
-                "file as model.conditions.embeddings, or set model/conditions=multi_hot"
-            )
+            hint = "pass the file as model.conditions.embeddings instead, or set model/conditions=multi_hot"
+            raise InputError(f"perturbation_embeddings_path of the data replaces perturbations by embeddings; {hint}")
         if rows is not None:
             self.conditions.set_rows(rows)
         self.encoder = ConditionEncoder(self.n_input_perturbation_features, self.covariates, self.conditions)
@@ -172,8 +170,7 @@ class PRiMeFlow(PerturbationModel):
         if self.trainer.datamodule is None:
             raise InputError("PRiMeFlow reads the training cells before it trains: fit it with a data module")
         if self.unmeasured_are_nan:
-            pca = isinstance(self.space, PCASpace)
-            check_unmeasured(self.objective, self.sampler.calibrate, self.sampler.control_start, pca)
+            check_unmeasured(self.objective, self.sampler, isinstance(self.space, PCASpace))
         check_coupling(self.objective.coupling)
         statistics = training_cells.collect(self)
         check_log1p(statistics.expression)

@@ -1,5 +1,7 @@
 """Genes that some files of an atlas lack: what replaces their values, and which settings need every gene."""
 
+from typing import Any
+
 from torch import Tensor
 
 from primeflow_perturbench.errors import InputError
@@ -27,13 +29,16 @@ def fill_unmeasured(expression: Tensor, gene_means: Tensor) -> tuple[Tensor, Ten
     return expression.where(measured, gene_means.to(expression)), measured
 
 
-def check_unmeasured(objective: Objective, calibrate: str, control_start: float | None, pca: bool) -> None:
-    """Raise `InputError` for a setting that compares whole cells and therefore needs every gene of every cell."""
+def check_unmeasured(objective: Objective, sampler: Any, pca: bool) -> None:
+    """Raise `InputError` for a setting that compares whole cells and therefore needs every gene of every cell.
+
+    ``sampler`` is a `sampling.settings.SamplingSettings`, ``pca`` whether the space is of principal components.
+    """
     for setting, value, needed in (
         ("model.objective.source", objective.source, "gaussian"),
         ("model.objective.coupling", objective.coupling, "independent"),
-        ("model.sampler.calibrate", calibrate, "none"),
-        ("model.sampler.control_start", control_start, None),
+        ("model.sampler.calibrate", sampler.calibrate, "none"),
+        ("model.sampler.control_start", sampler.control_start, None),
         ("model/space", "pca" if pca else "genes", "genes"),
     ):
         if value != needed:

@@ -30,7 +30,7 @@ def silu(z):
 
 
 def plain_norm(h, norm):
-    """Group normalisation of hidden tokens (B, C, L) in numpy."""
+    """Group normalization of hidden tokens (B, C, L) in numpy."""
     grouped = h.reshape(len(h), norm.num_groups, -1)
     normal = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + norm.eps)
     weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()

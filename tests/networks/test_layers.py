@@ -30,7 +30,7 @@ def test_times_of_a_fine_grid_have_different_embeddings():
     embedded = sinusoidal_embedding(torch.linspace(0, 1, 101), 32)
     distances = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
     assert distances.min() > 0.5
-    # The longest wave, which tells 0 from 1, falls all along.
+    # The longest wave, which distinguishes 0 from 1, decreases monotonically.
     assert (sinusoidal_embedding(torch.linspace(0, 1, 101), 2, max_period=1.0)[:, 0] != 1).any()
 
 

@@ -51,10 +51,10 @@ def test_zero_network_gives_the_regression_of_velocity_on_position(t):
 def test_input_and_target_have_unit_scale(t):
     sample = pairs(200_000, t)
     network = preconditioned()
-    silent = network(sample.x_t, sample.t, None)
-    unit = preconditioned(1.0)(sample.x_t, sample.t, None) - silent
+    zero = network(sample.x_t, sample.t, None)
+    unit = preconditioned(1.0)(sample.x_t, sample.t, None) - zero
     np.testing.assert_allclose(network.network.seen.std(0), 1, atol=0.02)
-    np.testing.assert_allclose(((sample.dx_t - silent) / unit).std(0), 1, atol=0.02)
+    np.testing.assert_allclose(((sample.dx_t - zero) / unit).std(0), 1, atol=0.02)
 
 
 def test_zero_network_samples_the_gaussian():
