@@ -47,16 +47,20 @@ Task = tuple[ad.AnnData, pd.Series, str]
 
 
 def split_of(adata: ad.AnnData, group: str, held: list[tuple[str, str]]) -> pd.Series:
-    """Hold conditions (group, label) out, and a half of the control cells of their groups, a third of it as "val"."""
+    """Hold conditions (group, label) out, and a half of the control cells of their groups.
+
+    A tenth of the other treated cells only serves the validation loss.
+    """
     split = pd.Series("train", index=adata.obs_names)
     groups, labels = adata.obs[group].astype(str), adata.obs["condition"].astype(str)
     rng = np.random.default_rng(0)
     for place in dict.fromkeys(place for place, _ in held):
         controls = rng.permutation(np.flatnonzero((groups == place) & (labels == "control")))
-        split.iloc[controls[: len(controls) // 3]] = "test"
-        split.iloc[controls[len(controls) // 3 : len(controls) // 2]] = "val"
+        split.iloc[controls[: len(controls) // 2]] = "test"
     for place, label in held:
         split[(groups == place) & (labels == label)] = "test"
+    treated = rng.permutation(np.flatnonzero((split == "train") & (labels != "control")))
+    split.iloc[treated[: len(treated) // 10]] = "val"
     return split
 
 

@@ -121,7 +121,7 @@ def metrics_record(pipelines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def network_evaluations(model: Mapping[str, Any]) -> int | None:
     """Network evaluations per generated cell, ``None`` without a fixed-step solver.
 
-    Guidance doubles them, except for strengths 0 and 1.
+    Guidance doubles them, except for strengths 0 and 1; counterfactual sampling adds one integration.
     """
     sampler = model.get("sampler") or {}
     settings = {key: value for key, value in (sampler.get("solver") or {}).items() if key != "_target_"}
@@ -130,4 +130,5 @@ def network_evaluations(model: Mapping[str, Any]) -> int | None:
     evaluations = ODESolver(**settings).evaluations
     if evaluations is None:
         return None
-    return evaluations if sampler.get("guidance", 1) in (0, 1) else 2 * evaluations
+    legs = (1 if sampler.get("guidance", 1) in (0, 1) else 2) + (sampler.get("control_start") is not None)
+    return legs * evaluations

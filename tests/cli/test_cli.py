@@ -19,6 +19,7 @@ from primeflow_perturbench.cli import main
 TINY = [
     "experiment=devel/transfer",
     "model=primeflow_mlp",
+    "model.sampler.detection_limit=learned",
     "model.network.width=32",
     "model.network.depth=1",
     "model.network.embedding_width=16",
@@ -245,7 +246,7 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "checkpoint absent.ckpt: no such file" in sentence("train=false", "ckpt_path=absent.ckpt")
     assert "train=false tests a trained model: give ckpt_path=PATH" in sentence("train=false")
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
-    assert "is not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
+    assert "not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
     assert "PRiMeFlow has no setting gidance" in sentence("+model.gidance=2")
     assert "unknown reference" in sentence("references=[magic]")
 

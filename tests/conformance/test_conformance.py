@@ -201,7 +201,8 @@ def test_a_continuous_covariate_reaches_the_model(tmp_path, screen):
     assert done["model"].n_total_covariates == screen.obs["cell_type"].nunique() + 1
     batch = next(iter(done["datamodule"].train_dataloader()))
     assert set(batch.covariates["dose"].flatten().tolist()) <= {0.5, 2.0}
-    assert done["model"].encoder(batch.perturbations, batch.covariates).shape[1] == done["model"].encoder.width
+    condition = done["model"].encoder(batch.perturbations, batch.covariates)
+    assert condition.context.shape[1] == done["model"].n_total_covariates + 1
 
 
 def test_data_without_covariates_are_accepted(tmp_path, screen):
@@ -214,7 +215,7 @@ def test_data_without_covariates_are_accepted(tmp_path, screen):
     pd.Series(split, index=one_line.obs_names).to_csv(tmp_path / "split.csv", header=False)
     given = ["data/splitter=saved", f"data.splitter.split_path={tmp_path / 'split.csv'}", "trainer.max_steps=2"]
     done = train(settings(tmp_path / "one.h5ad", tmp_path, "data.data_iter_factory.covariate_keys=[]", *given))
-    assert done["model"].encoder.width == done["model"].n_perts + 1
+    assert done["model"].conditions.width == done["model"].n_perts + 1
     assert_scored(done["model"])
 
 

@@ -76,14 +76,15 @@ def count_evaluations(solver, guided):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_evaluations_are_those_that_the_solver_makes(method, guidance):
     settings = {"solver": {"_target_": "x", "method": method, "steps": 5}, "guidance": guidance}
-    assert network_evaluations(settings) == count_evaluations(ODESolver(method, 5), guidance != 1)
+    assert network_evaluations({"sampler": settings}) == count_evaluations(ODESolver(method, 5), guidance != 1)
 
 
-def test_guidance_within_an_interval_costs_in_the_interval_alone():
-    settings = {"solver": {"method": "midpoint", "steps": 10}, "guidance": 2, "guidance_interval": [0.2, 0.5]}
-    assert network_evaluations(settings) == 2 * 7 + 4 * 3
+def test_counterfactual_sampling_adds_an_unguided_integration():
+    settings = {"solver": {"method": "midpoint", "steps": 5}, "control_start": 0.5}
+    assert network_evaluations({"sampler": settings}) == 20
+    assert network_evaluations({"sampler": settings | {"guidance": 2}}) == 30
 
 
 def test_evaluations_are_unknown_without_a_solver_of_fixed_steps():
     assert network_evaluations({"hidden": 3}) is None
-    assert network_evaluations({"solver": {"method": "dopri5"}}) is None
+    assert network_evaluations({"sampler": {"solver": {"method": "dopri5"}}}) is None

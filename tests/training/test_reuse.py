@@ -91,7 +91,7 @@ def test_two_runs_that_differ_in_guidance_train_once_and_finish_once(tmp_path, s
     again = train_run(plain, console)
     assert again.iloc[0, 0] == pytest.approx(first.iloc[0, 0])
     (tmp_path / "plain" / "table.csv").unlink()
-    for unfinished in (plain, OmegaConf.merge(guided, {"model": {"guidance": 5}})):
+    for unfinished in (plain, OmegaConf.merge(guided, {"model": {"sampler": {"guidance": 5}}})):
         with pytest.raises(AssertionError, match="trains again"):
             train_run(unfinished, console)
 
