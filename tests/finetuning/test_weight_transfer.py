@@ -126,6 +126,20 @@ def test_genes_in_another_order_keep_their_velocity(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+def test_a_finetuned_model_can_be_finetuned_again(network):
+    """Its layout has an order and a free place, which the next model takes over."""
+    first = trained(network=network)
+    second = finetuned(first, network=network, genes=[GENES[i] for i in (10, 2, 3, 7, 0, 5)])
+    third = finetuned(second, network=network, genes=[GENES[i] for i in (3, 5, 0, 10, 2)])
+    x = torch.zeros(4, 11)
+    kept = [3, 5, 0, 10, 2]
+    x[:, kept] = random(4, 5)
+    torch.testing.assert_close(velocity(third, x[:, kept]), velocity(first, x)[:, kept])
+    again = finetuned(third, network=network, genes=[GENES[i] for i in kept])
+    assert torch.equal(velocity(again, x[:, kept]), velocity(third, x[:, kept]))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_a_missing_gene_equals_a_gene_with_value_zero(network):
     old, kept = trained(network=network), [10, 2, 3, 7, 0]
     new = finetuned(old, network=network, genes=[GENES[i] for i in kept])
