@@ -280,6 +280,14 @@ def inline_code(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", prose)
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_source_files_named_in_text_exist(page):
+    folders = (ROOT, ROOT / "primeflow_perturbench", page.parent)
+    files = [code for code in inline_code(page) if re.fullmatch(r"[a-z_]+/[\w/]+\.(py|yaml|json|md|toml)", code)]
+    missing = [file for file in files if "NAME" not in file and not any((folder / file).exists() for folder in folders)]
+    assert not missing, f"{page.name} names files that do not exist: {missing}"
+
+
 @pytest.fixture(scope="module")
 def settings() -> list:
     """Composed configs in which a setting named by a page may occur."""
