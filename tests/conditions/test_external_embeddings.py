@@ -349,6 +349,7 @@ def errors(predicted, measured):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["external", "mixture"])
 def test_held_out_perturbations_are_predicted_from_their_embeddings(screen, tmp_path, kind):
     """Their own embeddings predict better than control cells, wrong ones worse; Python generates the same cells."""
