@@ -158,7 +158,9 @@ class MixedModel:
         scores = torch.cat([scores[:, :0], *solved], dim=1)
         # Contiguous, as a saved model stores them: the last bit of a product depends on the memory layout.
         scores, coefficients = scores.float().contiguous(), coefficients.float().contiguous()
-        return cls(effects, conditions, components.float().contiguous(), variances, scores, coefficients, center.float())
+        return cls(
+            effects, conditions, components.float().contiguous(), variances, scores, coefficients, center.float()
+        )
 
     def __call__(self, condition: Condition) -> Tensor:
         """Predictions (B, G), never negative, for conditions (B) without external embeddings."""

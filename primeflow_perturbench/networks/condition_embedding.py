@@ -215,7 +215,7 @@ class External(MultiHot):
         self.table.copy_(self.standardized(rows))
 
     def set_units(self, mean: Tensor, std: Tensor) -> None:
-        """Express the table in other units: those of the mean and standard deviation (W_1 + ... + W_K) of a checkpoint."""
+        """Express the table in the units of a checkpoint: its mean and standard deviation (W_1 + ... + W_K)."""
         columns = len(self.mean)
         values, has = self.table[:, :columns], self.table[:, columns:]
         known = has.repeat_interleave(torch.tensor(self.table_widths, device=has.device), dim=1)

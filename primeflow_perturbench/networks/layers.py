@@ -35,7 +35,7 @@ def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10_000.0) ->
 class TimeConditionEmbedding(DescribedModule):
     """Embed time and condition together: ``MLP(sinusoidal(t)) + MLP(condition)``.
 
-    The first layer of the condition's MLP is linear in a multi-hot vector, so that the embedding of a pair starts as the
+    The first layer of the condition's MLP is linear in a multi-hot vector, so the embedding of a pair starts as the
     sum of its parts, also for a pair that training lacks.
 
     Parameters

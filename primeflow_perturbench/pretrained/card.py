@@ -13,7 +13,7 @@ tags:
 ---
 # PRiMeFlow model
 
-The model generates log1p expression of {genes:,} genes for {perturbations:,} perturbations{alone_or_combined}{covariates}.
+The model generates log1p expression of {genes:,} genes for {perturbations:,} perturbations{combined}{covariates}.
 
 ```python
 from primeflow_perturbench import PRiMeFlow
@@ -39,7 +39,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         license=f"license: {config['license']}\n" if config["license"] else "",
         genes=len(config["genes"]),
         perturbations=len(context["perturbation_uniques"]),
-        alone_or_combined=f", single or combined with `{delimiter}`," if delimiter else "",
+        combined=f", single or combined with `{delimiter}`," if delimiter else "",
         covariates=f" and the covariates {', '.join(f'`{name}`' for name in names)}" if names else "",
         example=example,
         sections="".join(

@@ -38,7 +38,7 @@ def pairs(n: int, t: float):
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 1.0])
 def test_zero_network_gives_the_regression_of_velocity_on_position(t):
-    """Least squares of dx_t on x_t, gene by gene: the best linear prediction, and for Gaussians the best of all predictions."""
+    """Least squares of dx_t on x_t, gene by gene: the best linear prediction, for Gaussians the best of all."""
     sample = pairs(200_000, t)
     velocity = preconditioned()(sample.x_t, sample.t, None)
     for gene in range(3):

@@ -669,7 +669,8 @@ def run(tmp_path_factory, screen_path):
     folder = tmp_path_factory.mktemp("run")
     settings = "references=[] trainer.max_steps=4 trainer.val_check_interval=2 trainer.precision=32-true "
     settings += "~callbacks.progress_bar experiment=devel/transfer model=primeflow_mlp model.network.width=16 "
-    settings += "model.network.depth=1 model.network.embedding_width=8 model.sampler.solver.steps=2 model.sampler.cells_per_condition=8"
+    settings += "model.network.depth=1 model.network.embedding_width=8 "
+    settings += "model.sampler.solver.steps=2 model.sampler.cells_per_condition=8"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         call(patch, "train", *settings.split(), f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")
