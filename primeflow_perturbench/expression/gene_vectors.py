@@ -41,7 +41,7 @@ def read_gene_vectors(path: str | Path, gene_names: Sequence[str]) -> Tensor:
     if words or table.shape[1] == 0:
         found = f"the column {words[0]!r}, which is not numeric" if words else "no column"
         raise InputError(
-            f"the gene vectors {path} have {found}, expected one numeric column per feature; set the gene names as index"
+            f"the gene vectors {path} have {found}, expected one numeric column per feature; set gene names as index"
         )
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()].unique()
