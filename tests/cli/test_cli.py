@@ -256,6 +256,7 @@ def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
     assert "data.data.filename=" in sentence
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_to_resume_from(tmp_path, screen_path):
     """Interrupt in the middle of an epoch, resume, and end at the requested step."""
     settings = [argument for argument in TINY if not argument.startswith("trainer.")]
@@ -291,6 +292,7 @@ def test_ctrl_c_saves_a_checkpoint_to_resume_from(tmp_path, screen_path):
     assert torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == reached + 5
 
 
+@pytest.mark.slow
 def test_multirun_trains_each_value_in_a_folder_of_its_own(tmp_path, monkeypatch, screen_path):
     monkeypatch.chdir(tmp_path)
     cells = [f"data.data.filename={screen_path}", "test=false", "seed=3,4"]

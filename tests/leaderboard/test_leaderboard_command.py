@@ -58,6 +58,7 @@ def test_command_writes_tables_and_page_and_prints_table(folder, monkeypatch, ca
         assert text in page
 
 
+@pytest.mark.slow
 def test_baseline_is_best_model_or_the_one_asked_for(folder, monkeypatch):
     for options, baseline, verdict in (((), "good", "worse"), (("--baseline", "poor"), "poor", "better")):
         call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures", *options)
@@ -126,6 +127,7 @@ def test_page_reports_missing_references_and_failed_trials(tmp_path, monkeypatch
     assert "no &lt;memory&gt; left" in page
 
 
+@pytest.mark.slow
 def test_figures_of_scores_are_drawn_only_once(tmp_path, monkeypatch):
     for w in (1, 3):
         for seed in range(2):

@@ -256,6 +256,7 @@ def test_single_label_has_no_comparison_and_no_winner():
     assert "verdict" in found
 
 
+@pytest.mark.slow
 def test_order_of_rows_changes_nothing():
     scores = screen({"base": 0.0, "a": 0.006, "b": -0.02})
     shuffled = scores.sample(frac=1, random_state=0)

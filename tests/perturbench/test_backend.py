@@ -120,6 +120,7 @@ def test_a_library_that_perturbench_lacks_is_reported_as_it_is(package):
         load(MODEL)
 
 
+@pytest.mark.slow
 def test_the_command_reports_an_old_perturbench_without_a_traceback(package, tmp_path, screen_path):
     environment = os.environ | {"PYTHONPATH": str(package(OLD)), VARIABLE: "perturbench"}
     command = [sys.executable, "-m", "primeflow_perturbench.cli.train", f"data.data.filename={screen_path}"]

@@ -69,6 +69,7 @@ def test_values_on_the_command_line_replace_those_of_an_ablation():
     assert "model.sampler.guidance=1,2,3,4,5" not in guidance.overrides
 
 
+@pytest.mark.slow
 def test_the_suite_runs_every_ablation_that_needs_no_further_file_at_its_own_size():
     multiruns = {each.name: each for each in plan(["experiment=ablations", DATA, SPLIT])}
     assert len(multiruns) == 15

@@ -294,6 +294,7 @@ def test_a_resumed_run_equals_the_unbroken_one(manifest, unbroken, tmp_path, mon
     assert differing(unbroken[0], tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(manifest, unbroken, tmp_path):
     arguments = [sys.executable, __file__, str(manifest), str(tmp_path), "+callbacks.kill._target_=__main__.Kill"]
     killed = subprocess.run(arguments, capture_output=True, text=True, check=False)

@@ -70,6 +70,7 @@ def test_a_run_shares_its_training_only_if_it_trains_and_tests_in_one_process(tm
     assert not shares_training(settings(tmp_path, shared))
 
 
+@pytest.mark.slow
 def test_two_runs_that_differ_in_guidance_train_once_and_finish_once(tmp_path, screen_path, monkeypatch):
     shared = f"paths.trainings_dir={tmp_path / 'trainings'}"
     plain = settings(tmp_path / "plain", *SMALL, shared, "model.sampler.calibrate=none", filename=screen_path)
