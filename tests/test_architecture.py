@@ -132,3 +132,22 @@ def test_only_perturbench_imports_its_embedded_subset():
         if not name.startswith(f"{PACKAGE}.perturbench") and any(other.startswith(EMBEDDED) for other in each)
     }
     assert importers == set(), "use perturbench.backend.load, or a module of ours"
+
+
+def test_long_functions_give_a_reason():
+    """A function of more than 60 lines, docstring included, has a comment above it that says why."""
+    unexplained, long = [], 0
+    for path in SOURCE.rglob("*.py"):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                long += 1
+                if not lines[first - 2].strip().startswith("# Long because"):
+                    unexplained.append(f"{path.name}: {node.name}")
+    assert unexplained == []
+    assert long, "the test looks at nothing"
+
+
+def test_the_model_is_hooks_and_steps_only():
+    assert len((SOURCE / "model.py").read_text().splitlines()) <= 300

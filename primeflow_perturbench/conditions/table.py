@@ -67,6 +67,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} cannot be read as a CSV table of conditions ({reason})") from error
 
 
+# Long because its docstring describes every parameter; the body reads straight through.
 def encode_conditions(
     table: pd.DataFrame,
     context: Mapping[str, Any],

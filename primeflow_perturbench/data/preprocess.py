@@ -45,6 +45,7 @@ REASONS = ["highly_variable", "de", "perturbed"]
 STORAGE = {"chunks": (2**15,), "compression": "gzip"}
 
 
+# Long because its docstring describes every parameter; the body reads straight through.
 def preprocess(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -53,6 +53,7 @@ def _mapped(values: pd.Series, function: Callable[[object], str]) -> pd.Series:
     return pd.Series(texts[codes], index=values.index, dtype=object)
 
 
+# Long because its docstring describes every parameter; the body reads straight through.
 def narrow(
     obs: pd.DataFrame,
     *,
