@@ -22,6 +22,7 @@ from primeflow_perturbench.pretrained.settings import to_json
 CARD = "README.md"
 
 
+# Long because its docstring describes every parameter; the body reads straight through.
 def save_model(
     model: Any,
     folder: str | Path,
