@@ -1,21 +1,33 @@
-"""Reference rows beside a model: control cells, training mean, additive shift and replicate ceiling.
+"""Reference rows beside a model: what predicts without a network, and what bounds every prediction.
 
 A reference is a set of cells for every held-out condition and is scored like a model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
+from primeflow_perturbench.calibration.mapping import MarginalMap
+from primeflow_perturbench.calibration.marginals import Marginals
+from primeflow_perturbench.conditions.condition import Condition, ConditionEncoder
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.expression.detection_limit import decode_expression, learn_detection_limit
+from primeflow_perturbench.expression.statistics import ExpressionStatistics, MarginalStatistics
 from primeflow_perturbench.labels import split_label
 from primeflow_perturbench.simulation.screen import UNS_KEY, Screen, log_normalize
 
 SEED = 0
+# Training cells that are read at once.
+BATCH = 4096
+# Calibration decides by the order of cells. Zeros of measured cells are spread over values just below 0, so that a map
+# can turn a share of them into expression; other values are spread too little to matter, since resampled cells repeat.
+ZERO_WIDTH, VALUE_WIDTH = 0.01, 1e-4
 Group = tuple[str, ...]
 
 
@@ -53,6 +65,53 @@ class SplitCells:
             "split": self.split.reindex(obs.index).to_numpy(object),
         }
         object.__setattr__(self, "_table", pd.DataFrame(columns))
+
+    @cached_property
+    def screen(self) -> Screen | None:
+        """The truth of a simulated screen; ``None`` for other cells, covariates or genes."""
+        if UNS_KEY not in self.adata.uns or self.covariate_keys != ("cell_type",):
+            return None
+        screen = Screen.from_adata(self.adata)
+        return screen if list(self.adata.var_names) == screen.gene_names else None
+
+    @cached_property
+    def encoder(self) -> ConditionEncoder:
+        """Encoder of `encode`'s conditions: multi-hot perturbations and one-hot covariates."""
+        return ConditionEncoder(len(self._parts), dict(zip(self.covariate_keys, self._categories, strict=True)))
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        labels = self._table["label"].unique()
+        return sorted({part for label in labels for part in split_label(label, self.delimiter, self.control)})
+
+    @cached_property
+    def _categories(self) -> list[list[str]]:
+        return [sorted(set(values)) for values in zip(*self._table["group"].unique(), strict=True)]
+
+    def encode(self, groups: Iterable[Group], labels: Iterable[str]) -> Condition:
+        """Conditions (B) of covariate groups and labels."""
+        parts = [split_label(label, self.delimiter, self.control) for label in labels]
+        perturbations = torch.tensor([[name in own for name in self._parts] for own in parts]).float()
+        columns = zip(self.covariate_keys, self._categories, zip(*groups, strict=True), strict=True)
+        one_hot = {
+            key: torch.tensor([[name == value for name in names] for value in values]).float()
+            for key, names, values in columns
+        }
+        return self.encoder(perturbations.reshape(len(parts), -1), one_hot)
+
+    @cached_property
+    def learned(self) -> tuple[Marginals, float]:
+        """Marginals and detection limit (log1p units) of the training cells, learned as a model learns them."""
+        marginals, expression = MarginalStatistics(), ExpressionStatistics()
+        rows = self.rows(["train"])
+        for first in range(0, len(rows), BATCH):
+            batch = rows[first : first + BATCH]
+            values, own = torch.from_numpy(self.dense(batch)), self._table.iloc[batch]
+            distinct = own.drop_duplicates(["group", "label"])
+            places = own.groupby(["group", "label"], sort=False).ngroup().to_numpy()
+            marginals.add(self.encode(distinct["group"], distinct["label"])[places], values)
+            expression.add(values)
+        return Marginals.fit(self.encoder, marginals), learn_detection_limit(expression)
 
     def rows(self, splits: Sequence[str], group: Group | None = None, label: str | None = None) -> np.ndarray:
         """Positions of the cells of some splits, and of a covariate group and a label if given."""
@@ -104,6 +163,22 @@ def training_controls(cells: SplitCells, group: Group) -> np.ndarray:
     return cells.dense(rows)
 
 
+def nearest_controls(cells: SplitCells, group: Group) -> np.ndarray:
+    """Training control cells (n, G) of a group, or, if it has none, of the nearest group that has some.
+
+    The nearest group shares the most covariates that are no numbers; among equals, its numbers are closest.
+    """
+    known = cells.groups_with(cells.control)
+    return training_controls(cells, min(known, key=lambda other: _distance(group, other)) if known else group)
+
+
+def _distance(group: Group, other: Group) -> tuple[int, float]:
+    """Number of covariates that differ and are no numbers, and how far the others are apart."""
+    pairs = [pair for pair in zip(group, other, strict=True) if pair[0] != pair[1]]
+    gaps = [abs(a - b) for a, b in (pd.to_numeric(pd.Series(pair), errors="coerce") for pair in pairs)]
+    return int(np.isnan(gaps).sum()), float(np.nansum(gaps))
+
+
 def control(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
     """Control cells of the group: the prediction that nothing happens."""
     return resample(training_controls(cells, group), n, rng)
@@ -135,25 +210,52 @@ def mean_shift(cells: SplitCells, group: Group, label: str) -> np.ndarray:
 
 
 def additive(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Control cells plus the mean shift of the label, or the sum of its parts' shifts; at least 0."""
+    """Control cells plus the mean shift of the label, or the sum of its parts' shifts.
+
+    Values below the detection limit of the training cells become 0, as in a model's cells.
+    """
     parts = [label] if cells.groups_with(label) else split_label(label, cells.delimiter, cells.control)
     shift = np.sum([mean_shift(cells, group, part) for part in parts], axis=0)
-    return np.maximum(control(cells, group, label, rng, n) + shift, 0)
+    moved = torch.from_numpy(control(cells, group, label, rng, n) + shift)
+    return decode_expression(moved, cells.learned[1]).numpy()
+
+
+def calibrated_control(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Control cells, calibrated to the marginals that the mixed model predicts: calibration without a network."""
+    values = resample(nearest_controls(cells, group), n, rng)
+    # Drawn in the order of the gene names, so that the order of the genes does not matter.
+    noise = (1 - rng.random(values.shape))[:, np.argsort(np.argsort(cells.adata.var_names))]
+    values = torch.from_numpy(values - np.where(values == 0, ZERO_WIDTH, VALUE_WIDTH) * noise).float()
+    marginals, limit = cells.learned
+    targets = (part[0] for part in marginals.targets(cells.encode([group], [label]), limit))
+    return MarginalMap.fit(values, *targets, limit)(values).numpy()
+
+
+def oracle(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Fresh cells of a simulated screen: all that cell lines share, nothing of a response that is a line's own."""
+    if cells.screen is None:
+        raise InputError("the reference 'oracle' needs a simulated screen with the covariate cell_type")
+    return _simulated(cells.screen.without_own_effects(), group, label, rng, n)
 
 
 def ceiling(cells: SplitCells, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
     """Replicates: fresh cells of the truth of a simulated screen, else the held-out cells resampled."""
-    if UNS_KEY in cells.adata.uns and len(group) == 1:
-        screen = Screen.from_adata(cells.adata)
-        counts = screen.sample(group[0], label, n, seed=int(rng.integers(2**31)))
-        return log_normalize(sp.csr_matrix(counts)).toarray()
+    if cells.screen is not None:
+        return _simulated(cells.screen, group, label, rng, n)
     return resample(cells.dense(cells.rows([cells.heldout], group, label)), n, rng)
+
+
+def _simulated(screen: Screen, group: Group, label: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    counts = screen.sample(group[0], label, n, seed=int(rng.integers(2**31)))
+    return log_normalize(sp.csr_matrix(counts)).toarray()
 
 
 REFERENCES: dict[str, Callable[[SplitCells, Group, str, np.random.Generator, int], np.ndarray]] = {
     "control": control,
     "training_mean": training_mean,
     "additive": additive,
+    "calibrated_control": calibrated_control,
+    "oracle": oracle,
     "ceiling": ceiling,
 }
 
@@ -163,6 +265,14 @@ def check_references(names: Iterable[str]) -> None:
     for name in names:
         if name not in REFERENCES:
             raise InputError(f"unknown reference {name!r}: choose from {', '.join(REFERENCES)}")
+
+
+def all_reference_cells(
+    cells: SplitCells, names: Iterable[str], cells_per_condition: int | None = None
+) -> dict[str, ad.AnnData]:
+    """Cells of several references by name, see `reference_cells`; the oracle only if the truth is known."""
+    names = [name for name in names if name != "oracle" or cells.screen is not None]
+    return {name: reference_cells(cells, name, cells_per_condition) for name in names}
 
 
 def reference_cells(cells: SplitCells, name: str, cells_per_condition: int | None = None) -> ad.AnnData:

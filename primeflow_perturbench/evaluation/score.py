@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError, quoted
-from primeflow_perturbench.evaluation.references import SplitCells, reference_cells
+from primeflow_perturbench.evaluation.references import SplitCells, all_reference_cells
 from primeflow_perturbench.evaluation.table import metrics_table
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.perturbench.backend import load_embedded
@@ -106,7 +106,7 @@ def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) 
         heldout=settings.get("split_value_to_evaluate", "test"),
     )
     n_cells = int(predicted.obs.groupby("_condition_idx", observed=True).size().max())
-    models = {model: predicted} | {name: reference_cells(cells, name, n_cells) for name in cfg.references or ()}
+    models = {model: predicted} | all_reference_cells(cells, cfg.references or (), n_cells)
     measured = adata[cells.rows([cells.heldout])][:, predicted.var_names].copy()
     keep_controls = [model] if settings.get("use_synthetic_controls", False) else []
     result = score_models(models, measured, columns, settings.evaluation_pipelines, console, keep_controls)

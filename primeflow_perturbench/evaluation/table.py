@@ -26,9 +26,10 @@ METRICS_NOTE = (
     "E: energy distance of cells in gene and in PCA space (PerturBench's mmd); recall: of the top 50 DE genes; "
     "cosine: of log fold changes; RMSE: of mean expression; rank: 0 perfect, 0.5 chance."
 )
-CAPTION = f"{METRICS_NOTE} Means over conditions; the best is bold, the ceiling does not compete."
+CAPTION = f"{METRICS_NOTE} Means over conditions; the best is bold; oracle and ceiling do not compete."
 LOWER_IS_BETTER = ("mmd", "rmse", "mse", "mae", "rank")
-CEILING = "ceiling"
+# References that know what no model can know.
+UNRANKED = ("oracle", "ceiling")
 
 
 def heading(metric: str) -> tuple[str, bool]:
@@ -47,8 +48,8 @@ def empty_table(metrics: Sequence[str], title: str, caption: str) -> Table:
     return table
 
 
-def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (CEILING,)) -> Table:
-    """Rich table with one row for each model and one column for each metric; the best of a metric is bold.
+def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = UNRANKED) -> Table:
+    """Rich table with one row for each model or reference and one column for each metric; the best is bold.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = (
     title
         Title of the table.
     unranked
-        Models that do not compete, such as the ceiling.
+        Rows that do not compete.
     """
     shown = [key for key in COLUMNS if key in summary.index] or list(summary.index)
     table = empty_table(shown, title, CAPTION)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.references import REFERENCES
-from primeflow_perturbench.evaluation.table import CEILING, METRICS_NOTE, heading
+from primeflow_perturbench.evaluation.table import METRICS_NOTE, UNRANKED, heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard import figures, tables
 from primeflow_perturbench.leaderboard.collect import (
@@ -274,7 +274,7 @@ def check_options(options: ReportOptions, collection: Collection, references: pd
     if options.figures < 0:
         raise InputError(f"--figures {options.figures}: found a negative number, expected 0 or more")
     labels = list(dict.fromkeys(run.label for run in collection.runs))
-    rows = labels + [name for name in references["label"].unique() if name != CEILING]
+    rows = labels + [name for name in references["label"].unique() if name not in UNRANKED]
     known = {
         "--baseline": (rows, [options.baseline] if options.baseline else []),
         "--models": (labels, options.models),
@@ -323,7 +323,7 @@ def write_group(group: Group, folder: Path, references: pd.DataFrame) -> None:
 
 def overview_section(collection: Collection, references: pd.DataFrame) -> Section:
     """What was compared, and how to read it."""
-    missing = [name for name in REFERENCES if name not in set(references["label"])]
+    missing = [name for name in REFERENCES if name not in {*references["label"], "oracle"}]
     hint = f"No run has the reference rows {', '.join(missing)}: run one with references=[{','.join(REFERENCES)}]."
     text = TextBlock([*HOW_TO_READ, *([hint] if missing else [])])
     return Section("overview", "What was compared", [facts_table(collection), text])

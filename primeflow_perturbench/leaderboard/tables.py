@@ -13,7 +13,7 @@ from rich.text import Text
 
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import REFERENCES
-from primeflow_perturbench.evaluation.table import CEILING, COLUMNS, empty_table, heading
+from primeflow_perturbench.evaluation.table import COLUMNS, UNRANKED, empty_table, heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard.collect import Run
 from primeflow_perturbench.leaderboard.statistics import compare, winners
@@ -22,7 +22,7 @@ MODEL, REFERENCE, PUBLISHED = "model", "reference", "published"
 MISSING = "–"
 BOLD_NOTE = (
     "Means over conditions and seeds. Bold: better than every other model (paired Wilcoxon test over conditions with "
-    "Holm's correction, p < 0.05, and beyond the noise of the seeds)."
+    "Holm's correction, p < 0.05, and beyond the noise of the seeds) and than every reference but oracle and ceiling."
 )
 SCORE_COLUMNS = ["label", "seed", "condition", "metric", "value"]
 
@@ -207,9 +207,23 @@ def result_table(
         keys[["part", "label", "kind", "origin", "seeds"]],
         mean.reindex(order).reset_index(drop=True),
         deviation.reindex(order).reset_index(drop=True),
-        winners(models, higher_is_better) if parts is None else {},
+        bold_labels(models, references) if parts is None else {},
     )
     return _append(table, [row for row in published if set(row.means) & set(metrics)])
+
+
+def bold_labels(models: pd.DataFrame, references: pd.DataFrame) -> dict[str, list[str]]:
+    """The winner among the models by metric, if its mean is also better than that of every competing reference."""
+    beside = references[~references["label"].isin(UNRANKED)]
+    found = winners(models, higher_is_better)
+    for metric, labels in found.items():
+        sign = 1 if higher_is_better(metric) else -1
+        own, others = (
+            scores[scores["metric"] == metric].groupby("label", observed=True)["value"].mean() * sign
+            for scores in (models, beside)
+        )
+        found[metric] = [label for label in labels if not (others >= own[label]).any()]
+    return found
 
 
 def _append(table: ResultTable, published: Sequence[PublishedRow]) -> ResultTable:
@@ -230,11 +244,11 @@ def _append(table: ResultTable, published: Sequence[PublishedRow]) -> ResultTabl
 
 
 def comparison_table(models: pd.DataFrame, references: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Comparison of models and references with a baseline, see `statistics.compare`; the ceiling does not compete.
+    """Comparison of models and references with a baseline, see `statistics.compare`; oracle and ceiling do not compete.
 
     A reference is left out of a metric that is undefined for it in some condition, such as the cosine of no change.
     """
-    references = references[references["label"] != CEILING]
+    references = references[~references["label"].isin(UNRANKED)]
     found = []
     for metric, scores in models.groupby("metric", sort=False):
         beside = references[references["metric"] == metric]

@@ -7,6 +7,7 @@ not change when other lines, perturbations or pairs are added.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -58,6 +59,7 @@ class Screen:
     """
 
     def __init__(self, spec: ScreenSpec | None = None):
+        self._own_effects = True
         self.spec = spec = ScreenSpec() if spec is None else spec
         n_targets = min(spec.n_perturbations, spec.n_genes)
         self.gene_names = [f"G{i}" if i < n_targets else f"gene{i}" for i in range(spec.n_genes)]
@@ -96,6 +98,15 @@ class Screen:
                 "simulate the screen again."
             )
         return cls(ScreenSpec.from_mapping(stored))
+
+    def without_own_effects(self) -> Screen:
+        """The same screen with only the part of each response that all cell lines share.
+
+        Effects lack the line's own component, and responder fractions have its mean. The lines keep their baselines.
+        """
+        shared = copy.copy(self)
+        shared._own_effects = False
+        return shared
 
     def _stream(self, *names: str) -> np.random.Generator:
         """Return the random stream of what ``names`` identify, independent of all others."""
@@ -180,12 +191,14 @@ class Screen:
         own = self._stream("effect", name, cell_line).standard_normal(spec.n_programs)
         own = _unit(own - (own @ shared) * shared)
         share = spec.context_specificity
-        return spec.effect_size * (np.sqrt(1 - share) * shared + np.sqrt(share) * own)
+        own = np.sqrt(share) * own if self._own_effects else 0.0
+        return spec.effect_size * (np.sqrt(1 - share) * shared + own)
 
     def responder_fraction(self, cell_line: str, name: str) -> float:
         """Return the fraction of cells of a line in which the single perturbation ``name`` takes effect."""
         low, high = self.spec.responder_fraction
-        shared, own = self._stream("escape", name).random(), self._stream("escape", name, cell_line).random()
+        shared = self._stream("escape", name).random()
+        own = self._stream("escape", name, cell_line).random() if self._own_effects else 0.5
         share = self.spec.context_specificity
         return low + (high - low) * ((1 - share) * shared + share * own)
 

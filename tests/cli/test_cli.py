@@ -102,7 +102,8 @@ def test_a_run_writes_all_files_that_a_table_needs(run):
 
 def test_the_table_has_the_references_beside_the_model(run):
     table = pd.read_csv(run / "table.csv", index_col=0)
-    assert table.columns.tolist() == ["PRiMeFlow", "control", "training_mean", "additive", "ceiling"]
+    references = ["control", "training_mean", "additive", "calibrated_control", "ceiling"]
+    assert table.columns.tolist() == ["PRiMeFlow", *references]
     assert {"mmd_none", "mmd_pca", "top_k_recall_scores", "cosine_logfc", "rmse_average"} <= set(table.index)
     # An untrained model is far from the data and a resampled replicate is near, so swapped rows would show.
     assert table.loc["mmd_none", "ceiling"] < 0.8 * table.loc["mmd_none", "control"]

@@ -28,6 +28,13 @@ def test_best_value_is_bold_and_the_ceiling_does_not_compete():
         assert f"{bold}{other}" not in text
 
 
+def test_a_model_is_bold_only_where_it_beats_every_reference_but_oracle_and_ceiling():
+    values = {"model": 0.5, "control": 0.7, "calibrated_control": 0.4, "oracle": 0.3, "ceiling": 0.1}
+    text = rendered(pd.DataFrame(values, index=["mmd_none"]))
+    assert "\x1b[1m0.400" in text
+    assert not any(f"\x1b[1m{other}" in text for other in ("0.500", "0.300", "0.100"))
+
+
 def test_missing_values_are_printed_as_dashes():
     summary = pd.DataFrame({"model": [float("nan")], "control": [0.2]}, index=["cosine_logfc"])
     assert "–" in rendered(summary)

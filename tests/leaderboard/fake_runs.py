@@ -11,7 +11,7 @@ METRICS = ("mmd_none", "cosine_logfc", "rmse_average")
 CONDITIONS = [
     (line, label) for line in ("alpha", "beta") for label in ("A", "B", "C", "A+B", "A+C", "B+C", "D", "A+D", "B+D")
 ]
-REFERENCES = ("control", "training_mean", "additive", "ceiling")
+REFERENCES = ("control", "training_mean", "additive", "calibrated_control", "ceiling")
 HASHES = {"data": "d" * 64, "split": "5" * 64, "heldout": "7" * 64, "pipelines": "a" * 64}
 
 

@@ -8,7 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from fake_runs import CONDITIONS, scores, settings, write_run
+from fake_runs import CONDITIONS, REFERENCES, scores, settings, write_run
 from matplotlib.figure import Figure
 
 from primeflow_perturbench.cli import main
@@ -64,7 +64,7 @@ def test_baseline_is_best_model_or_the_one_asked_for(folder, monkeypatch):
         call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures", *options)
         table = pd.read_csv(folder / "out" / "tables" / "runs_statistics.csv")
         assert set(table["baseline"]) == {baseline}
-        assert set(table["label"]) == {"good", "poor", "control", "training_mean", "additive"} - {baseline}
+        assert set(table["label"]) == {"good", "poor", *REFERENCES} - {baseline, "ceiling"}
         other = table[(table["metric"] == "mmd_none") & table["label"].isin(["good", "poor"])].iloc[0]
         assert abs(other["difference"]) == pytest.approx(0.3)
         assert other["verdict"] == verdict
@@ -123,7 +123,7 @@ def test_page_reports_missing_references_and_failed_trials(tmp_path, monkeypatch
     (failed / "trial.json").write_text(json.dumps(trial))
     call(monkeypatch, tmp_path / "runs", "--output", tmp_path / "out", "--no-figures")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "No run has the reference rows control, training_mean, additive, ceiling" in page
+    assert "No run has the reference rows control, training_mean, additive, calibrated_control, ceiling" in page
     assert "no &lt;memory&gt; left" in page
 
 

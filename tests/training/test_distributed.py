@@ -158,7 +158,7 @@ def test_two_processes_leave_one_run(together):
     assert said.count("held-out conditions") == 1
     assert said.count("Everything about this run") == 1
     assert list(pd.read_csv(run / "table.csv", index_col=0)) == [
-        *("PRiMeFlow", "control", "training_mean", "additive", "ceiling"),
+        *("PRiMeFlow", "control", "training_mean", "additive", "calibrated_control", "ceiling"),
     ]
 
 
