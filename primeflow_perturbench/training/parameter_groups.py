@@ -14,7 +14,7 @@ SETTINGS = ("freeze", "lr_factor")
 
 
 def check_finetuning(settings: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Factor of the learning rate of each group, 0 for a frozen one; ``None`` if there are no groups.
+    """Factor of the learning rate of each group, 0 for a frozen one; ``None`` if all train alike.
 
     Parameters
     ----------
@@ -32,6 +32,8 @@ def check_finetuning(settings: Mapping[str, Any] | None) -> dict[str, float] | N
     if unknown:
         raise InputError(f"finetuning has no setting {unknown[0]!r}; it has {' and '.join(SETTINGS)}")
     frozen, factors = settings.get("freeze") or [], settings.get("lr_factor") or {}
+    if not frozen and not factors:
+        return None
     frozen = [frozen] if isinstance(frozen, str) else list(frozen)
     unknown = sorted({*frozen, *factors} - set(GROUPS))
     if unknown:
