@@ -18,9 +18,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--control", default="control", help="label of control cells (default: %(default)s)")
     parser.add_argument(
         "--pipelines",
-        choices=["paper", "default", "mmd"],
+        choices=["paper", "default", "mmd", "shape"],
         default="paper",
-        help="metrics of the paper, or PerturBench's default or mmd set (default: %(default)s)",
+        help="metrics of the paper, PerturBench's default or mmd set, or those of the paper and of shape "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--synthetic-controls",

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.evaluation.references import SplitCells, all_reference_cells
+from primeflow_perturbench.evaluation.shape import SHAPE, with_shape
 from primeflow_perturbench.evaluation.table import metrics_table
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.perturbench.backend import load_embedded
@@ -38,6 +39,7 @@ def score_models(
     pipelines: Sequence[Mapping[str, Any]],
     console: Console,
     keep_controls: Collection[str] = (),
+    shape: Sequence[str] = (),
 ) -> EvaluationResult:
     """Score the cells of several models and references in one pass, with a progress bar.
 
@@ -53,6 +55,8 @@ def score_models(
         Evaluation pipelines: mappings of aggregation, metric and rank.
     keep_controls
         Models that are scored against their own predicted control cells instead of the measured ones.
+    shape
+        Metrics of shape to add, see `evaluation.shape`.
 
     Raises
     ------
@@ -73,7 +77,11 @@ def score_models(
         def advance(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=f"Scoring {what}")
 
-        return run_pipelines(evaluation, pipelines, progress=advance)
+        result = run_pipelines(evaluation, pipelines, progress=advance)
+        if shape:
+            bar.update(task, description="Scoring shape")
+            result = with_shape(result, evaluation, shape)
+    return result
 
 
 def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) -> pd.DataFrame:
@@ -109,7 +117,9 @@ def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) 
     models = {model: predicted} | all_reference_cells(cells, cfg.references or (), n_cells)
     measured = adata[cells.rows([cells.heldout])][:, predicted.var_names].copy()
     keep_controls = [model] if settings.get("use_synthetic_controls", False) else []
-    result = score_models(models, measured, columns, settings.evaluation_pipelines, console, keep_controls)
+    result = score_models(
+        models, measured, columns, settings.evaluation_pipelines, console, keep_controls, cfg.shape or ()
+    )
     save_scores(result, folder, model)
     with replacing(folder / "table.csv") as temporary:
         result.summary.to_csv(temporary)
@@ -133,7 +143,7 @@ def evaluate_files(
     columns
         Names of the columns and of the control, see `data_columns`.
     pipelines
-        Name of a set of metrics, see `named_pipelines`.
+        Name of a set of metrics, see `named_pipelines`; "shape" adds the metrics of `evaluation.shape` to the paper's.
     synthetic_controls
         Whether to score against the predicted control cells instead of the measured ones.
     output
@@ -154,9 +164,9 @@ def evaluate_files(
             )
     model = Path(predicted).stem
     keep_controls = [model] if synthetic_controls else []
-    result = score_models(
-        {model: cells[predicted]}, cells[measured], columns, named_pipelines(pipelines), console, keep_controls
-    )
+    named = named_pipelines("paper" if pipelines == "shape" else pipelines)
+    shape = SHAPE if pipelines == "shape" else ()
+    result = score_models({model: cells[predicted]}, cells[measured], columns, named, console, keep_controls, shape)
     console.print(metrics_table(result.summary, f"{result.per_condition['cov_pert'].nunique()} conditions"))
     if output is not None:
         save_scores(result, Path(output), model)

@@ -39,6 +39,7 @@ AFTER_TRAINING = (
     "check",
     "label",
     "references",
+    "shape",
     "challenge",
     "data.evaluation",
     "data.prediction",

@@ -18,6 +18,7 @@ from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import check_references
 from primeflow_perturbench.evaluation.score import data_columns, score_run
+from primeflow_perturbench.evaluation.shape import check_shape
 from primeflow_perturbench.files import replacing, write_json
 from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning
 from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, load_embedded
@@ -114,6 +115,7 @@ def check_settings(cfg: DictConfig) -> None:
     if reads_atlas(cfg):
         raise InputError(NO_TEST)
     check_references(cfg.references or ())
+    check_shape(cfg.shape or ())
     if not cfg.data.splitter.save:
         raise InputError(
             "data.splitter.save=false leaves no split to score the test cells by; set it to true, or test=false"
@@ -202,12 +204,13 @@ def describe_run(cfg: DictConfig, shape: tuple[int, int]) -> dict[str, Any]:
     """
     chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
     pipelines = OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines")
+    scored = [] if pipelines is None else OmegaConf.to_container(pipelines, resolve=True)
     split = Path(cfg.paths.output_dir) / SPLIT_FILE
     return {
         "label": cfg.label or chosen or cfg.model._target_.rpartition(".")[2],
         "seed": cfg.seed,
         "data": data_record(cfg.data.data.filename, *shape),
-        "metrics": metrics_record([] if pipelines is None else OmegaConf.to_container(pipelines, resolve=True)),
+        "metrics": metrics_record([*scored, *({"shape": name} for name in cfg.get("shape") or ())]),
         "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
         **({"split": split_record(split)} if split.is_file() else {}),
     }

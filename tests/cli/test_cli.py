@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import torch
 
 from primeflow_perturbench.cli import main
+from primeflow_perturbench.evaluation.shape import SHAPE
 
 TINY = [
     "experiment=devel/transfer",
@@ -187,10 +188,12 @@ def test_evaluate_scores_files_as_the_run_did(run, tmp_path, monkeypatch, screen
     measured[(split.reindex(measured.obs_names) == "test").to_numpy()].write_h5ad(tmp_path / "measured.h5ad")
     out = tmp_path / "scores"
     files = [run / "predicted.h5ad", tmp_path / "measured.h5ad"]
-    call(monkeypatch, "evaluate", *files, "--covariate-keys", "cell_type", "--output", out)
+    call(monkeypatch, "evaluate", *files, "--covariate-keys", "cell_type", "--pipelines", "shape", "--output", out)
     again = pd.read_csv(out / "summary.csv", index_col=0)["predicted"]
     first = pd.read_csv(run / "summary.csv", index_col=0)["PRiMeFlow"]
     np.testing.assert_allclose(again[first.index], first, rtol=1e-3)
+    assert {"centered_energy", "correlation_agreement"} <= set(first.index)
+    assert set(SHAPE) <= set(again.index)
 
 
 def test_bad_input_to_evaluate(run, tmp_path, monkeypatch, capsys, screen_path):
@@ -250,6 +253,7 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
     assert "PRiMeFlow has no setting gidance" in sentence("+model.gidance=2")
     assert "unknown reference" in sentence("references=[magic]")
+    assert "unknown metric of shape 'magic'" in sentence("shape=[magic]")
 
 
 def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
