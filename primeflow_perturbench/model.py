@@ -22,7 +22,7 @@ from primeflow_perturbench.expression.statistics import check_log1p
 from primeflow_perturbench.expression.unmeasured import check_unmeasured, fill_unmeasured
 from primeflow_perturbench.finetuning.weight_transfer import take_over
 from primeflow_perturbench.flow.coupling import COUPLINGS, check_coupling
-from primeflow_perturbench.flow.loss import flow_matching_loss
+from primeflow_perturbench.flow.loss import check_loss, flow_matching_loss
 from primeflow_perturbench.flow.noise import Noise, batch_noise
 from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.path import PathSample, StraightPath
@@ -183,11 +183,11 @@ class PRiMeFlow(PerturbationModel):
         expression, measured = self._filled(batch.gene_expression)
         sample, noise = self._sample(expression, condition, TRAIN, self.current_epoch, batch_idx)
         null, identity = self.objective.condition_dropout, self.conditions.identity_dropout
-        if identity:
-            condition = condition.drop_identity(noise.chance < null + identity * (1 - null))
+        condition = condition.drop_identity(noise.chance < null + identity * (1 - null)) if identity else condition
         condition = condition.drop(noise.chance < null)
         counted = len(condition) if measured is None else measured.sum()
         loss = flow_matching_loss(self.velocity, sample, self.conditions(condition), measured) * self._share(counted)
+        check_loss(loss.detach(), self.global_step)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
 
@@ -196,8 +196,8 @@ class PRiMeFlow(PerturbationModel):
         condition = self.encoder(batch.perturbations, batch.covariates)
         expression, measured = self._filled(batch.gene_expression)
         sample, _ = self._sample(expression, condition, VALIDATE, 0, batch_idx)
-        counted = len(condition) if measured is None else int(measured.sum())
         loss = flow_matching_loss(self.velocity, sample, self.conditions(condition), measured)
+        counted = len(condition) if measured is None else int(measured.sum())
         self.log("val_loss", loss, prog_bar=True, batch_size=counted, sync_dist=True)
         return loss
 

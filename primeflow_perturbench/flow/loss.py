@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.flow.path import PathSample
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,3 +35,15 @@ def flow_matching_loss(
         return torch.nn.functional.mse_loss(velocity.float(), sample.dx_t.float())
     error = torch.where(measured, velocity.float() - sample.dx_t.float(), 0.0)
     return error.square().sum() / measured.sum().clamp(min=1)
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Raise `InputError` if the loss of a training step is not finite.
+
+    Reading a value from an accelerator stalls it, so there only every 50th step is checked.
+    """
+    if (loss.device.type == "cpu" or step % 50 == 0) and not torch.isfinite(loss):
+        raise InputError(
+            f"training diverged: the loss is {float(loss)} at step {step}; lower model.lr, or check the weights that "
+            "training started from"
+        )

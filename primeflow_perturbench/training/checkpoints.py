@@ -10,6 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from primeflow_perturbench.errors import InputError
+
 # Exceptions that reach all processes of a run.
 TOGETHER = (KeyboardInterrupt, SIGTERMException)
 
@@ -36,8 +38,11 @@ class Checkpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save as Lightning does, unless one of several processes fails alone.
 
-        Saving waits for all processes, but the others wait for the gradients of the failed one.
+        Saving waits for all processes, but the others wait for the gradients of the failed one. A training that
+        stopped because it diverged must not replace the last good checkpoint.
         """
+        if isinstance(exception, InputError):
+            return
         if trainer.world_size == 1 or isinstance(exception, TOGETHER):
             super().on_exception(trainer, pl_module, exception)
 

@@ -256,6 +256,21 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "unknown metric of shape 'magic'" in sentence("shape=[magic]")
 
 
+def test_a_training_that_diverges_ends_with_a_hint_and_leaves_no_model(tmp_path, monkeypatch, capsys, screen_path):
+    settings = [
+        "model.lr=1e30",
+        "trainer.gradient_clip_val=null",
+        "model.lr_scheduler.conf.warmup_steps=1",
+        "trainer.val_check_interval=6",
+    ]
+    files = [f"data.data.filename={screen_path}", f"hydra.run.dir={tmp_path / 'run'}"]
+    sentence = refused(monkeypatch, capsys, "train", *TINY, *settings, *files)
+    assert "training diverged: the loss is" in sentence
+    assert "lower model.lr" in sentence
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    assert not (tmp_path / "run" / "table.csv").exists()
+
+
 def test_a_missing_setting_is_named(tmp_path, monkeypatch, capsys):
     sentence = refused(monkeypatch, capsys, "train", *TINY, f"hydra.run.dir={tmp_path / 'run'}")
     assert "data.data.filename=" in sentence

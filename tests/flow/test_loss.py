@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from primeflow_perturbench.flow.loss import flow_matching_loss
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.flow.loss import check_loss, flow_matching_loss
 from primeflow_perturbench.flow.path import StraightPath
 
 N_CELLS, N_GENES, WIDTH = 5, 3, 2
@@ -85,3 +86,10 @@ def test_only_measured_genes_contribute(sample):
     assert float(loss) == pytest.approx(squares[:, [0, 2]].mean(), rel=1e-5)
     assert float(loss) != pytest.approx(squares.mean(), rel=1e-2)
     assert flow_matching_loss(bilinear, sample, condition, torch.zeros_like(measured)) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_ends_training_with_a_hint(value):
+    check_loss(torch.tensor(1e30), 7)
+    with pytest.raises(InputError, match="diverged: the loss is .* at step 7; lower model.lr"):
+        check_loss(torch.tensor(value), 7)
