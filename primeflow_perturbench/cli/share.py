@@ -49,7 +49,7 @@ def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, li
     Raises
     ------
     InputError
-        If the checkpoint is missing or no PRiMeFlow, or the folder cannot be replaced.
+        If the checkpoint is missing or not a PRiMeFlow model, or the folder cannot be replaced.
     """
     from primeflow_perturbench.errors import InputError
     from primeflow_perturbench.model import PRiMeFlow
@@ -58,7 +58,9 @@ def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, li
     if checkpoint.is_dir():
         raise InputError(f"{checkpoint} is a folder, expected a checkpoint; a shared model can be copied as it is")
     if "primeflow" not in read_checkpoint(checkpoint):
-        raise InputError(f"{checkpoint} is no PRiMeFlow, and only PRiMeFlow can be shared; give another checkpoint")
+        raise InputError(
+            f"{checkpoint} is not a PRiMeFlow model, and only PRiMeFlow can be shared; give another checkpoint"
+        )
     model = PRiMeFlow.load_from_checkpoint(checkpoint, evaluation=None, map_location="cpu", weights_only=False)
     run = config_beside(checkpoint).parent
     model.save_pretrained(folder, overwrite=overwrite, license=license, data=run_data(run), metrics=run_metrics(run))

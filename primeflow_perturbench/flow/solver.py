@@ -81,7 +81,7 @@ class ODESolver:
         if self.adaptive:
             return self._integrate_adaptive(velocity, x, start, end)
         size = (end - start) / self.steps
-        # Times are computed on the host, so that no step waits for a device.
+        # Compute times on the CPU, so that no step waits for the GPU.
         for step in range(self.steps):
             x = self._step(velocity, x, start + step / self.steps * (end - start), size)
         return x

@@ -160,7 +160,7 @@ def _mixing(predicted: np.ndarray, observed: np.ndarray) -> str:
     share, expected = np.mean(nearest >= len(predicted)), len(observed) / (len(both) - 1)
     return (
         f" Of the predicted cells {100 * share:.0f} % have an observed cell as nearest neighbor rather than a "
-        f"predicted one; {100 * expected:.0f} % would if they could not be told apart."
+        f"predicted one; {100 * expected:.0f} % would if they were indistinguishable."
     )
 
 

@@ -40,7 +40,7 @@ from primeflow_perturbench.sampling.writer import (
 )
 from primeflow_perturbench.training.resolvers import best_precision
 
-# Type that a precision of Lightning's computes matrix products in, `None` for that of the weights.
+# Type of matrix products at each of Lightning's precisions; `None` keeps the type of the weights.
 PRECISIONS = {
     "32": None,
     "32-true": None,
@@ -54,8 +54,8 @@ PRECISIONS = {
 def predict_run(cfg: DictConfig, console: Console) -> Path:
     """Generate the conditions of a table with the model of a checkpoint.
 
-    PRiMeFlow needs the checkpoint alone. Any other model shifts control cells, which it takes from the data of
-    its run: there must be the run's ``config.yaml``.
+    PRiMeFlow needs only the checkpoint. Any other model shifts the control cells of its run's data, so its
+    checkpoint must lie in the folder of the run, with the run's ``config.yaml``.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
     Raises
     ------
     InputError, DataError
-        On a bad checkpoint, table or setting.
+        If the checkpoint, the table or a setting is invalid.
     """
     path = Path(cfg.ckpt_path)
     checkpoint = read_checkpoint(path)
@@ -78,33 +78,33 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
         cfg.precision = cfg.precision or OmegaConf.select(run, "trainer.precision") or best_precision()
     if "primeflow" not in checkpoint:
         return predict_from_controls(cfg, run, console)
-    output, device, precision = output_of(cfg), device_of(cfg.trainer.accelerator), str(cfg.trainer.precision)
+    output, device, precision = check_output(cfg), choose_device(cfg.trainer.accelerator), str(cfg.trainer.precision)
     at_precision = autocast(device, precision)
     challenge = challenge_settings(cfg, run)
     model = load_model(cfg, path, checkpoint["hyper_parameters"]).to(device)
-    conditions = conditions_of(cfg, run, checkpoint, challenge["control_cells"], model)
+    conditions = read_conditions(cfg, run, checkpoint, challenge["control_cells"], model)
     context = checkpoint["training_record"]["train_context"]
-    handed_in = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
+    challenge_output = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
     del checkpoint
     with at_precision:
-        files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition, handed_in)
+        files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition, challenge_output)
     size = decimal(sum(file.stat().st_size for file in files))
-    say(console, f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
+    report(console, f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
     return output
 
 
-def say(console: Console, sentence: str) -> None:
-    """Print a sentence that may hold a path, as it is."""
+def report(console: Console, sentence: str) -> None:
+    """Print a sentence without wrapping or highlighting it, because it may contain a path."""
     console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
-def output_of(cfg: DictConfig) -> Path:
-    """The file of all cells, or the folder of a file for each condition.
+def check_output(cfg: DictConfig) -> Path:
+    """Path of the file of all cells or, with ``per_condition``, of the folder of one file per condition.
 
     Raises
     ------
     InputError
-        If it is of the other kind, or something that no prediction has written would be lost.
+        If a folder is needed and a file is given, or if a file that no prediction wrote would be replaced.
     """
     output = Path(cfg.output_path)
     if cfg.per_condition:
@@ -116,16 +116,16 @@ def output_of(cfg: DictConfig) -> Path:
         return output
     output = output if output.suffix == ".h5ad" else output / "predicted.h5ad"
     if output.exists() and read_record(output) is None:
-        raise InputError(f"{output} exists and no prediction has written it; give another output_path, or remove it")
+        raise InputError(f"{output} exists and was not written by a prediction; give another output_path, or remove it")
     return output
 
 
-def conditions_of(
+def read_conditions(
     cfg: DictConfig, run: DictConfig, checkpoint: Mapping[str, Any], control_cells: int | None, model: PRiMeFlow
 ) -> Conditions:
-    """The table of conditions, encoded as the checkpoint's training cells were.
+    """Read the table of conditions and encode it as the cells of training were encoded.
 
-    A challenge's number of control cells, if any, adds controls as ``controls`` does.
+    ``control_cells``, the number of the challenge's settings, adds the control conditions as ``controls`` does.
     """
     context = checkpoint["training_record"]["train_context"]
     if control_cells is None and cfg.controls:
@@ -135,14 +135,14 @@ def conditions_of(
         context,
         cfg.n_cells,
         control_cells=control_cells,
-        perturbation_embeddings=embeddings_of(cfg, run, checkpoint["hyper_parameters"]),
-        external=model.external_rows(tables_of(cfg, run)),
+        perturbation_embeddings=read_perturbation_embeddings(cfg, run, checkpoint["hyper_parameters"]),
+        external=model.external_rows(external_tables(cfg, run)),
         where=str(cfg.prediction_dataframe_path),
     )
 
 
-def tables_of(cfg: DictConfig, run: DictConfig) -> str | list[str] | None:
-    """Files of external embeddings: those given, or those of the run where they are still there."""
+def external_tables(cfg: DictConfig, run: DictConfig) -> str | list[str] | None:
+    """Files of external embeddings: those given, else those of the run if all of them still exist."""
     given = as_plain(cfg.perturbation_embeddings_path)
     if given is not None:
         return given
@@ -151,8 +151,10 @@ def tables_of(cfg: DictConfig, run: DictConfig) -> str | list[str] | None:
     return files if files and all(Path(file).is_file() for file in files) else None
 
 
-def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[str, Any]) -> pd.DataFrame | None:
-    """Perturbation embeddings, read again from their file; ``None`` for a model that was trained without."""
+def read_perturbation_embeddings(
+    cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[str, Any]
+) -> pd.DataFrame | None:
+    """Perturbation embeddings, read from their file; ``None`` for a model that was trained without them."""
     width = hyper_parameters.get("perturbation_embedding_width")
     if width is None:
         return None
@@ -172,7 +174,7 @@ def embeddings_of(cfg: DictConfig, run: DictConfig, hyper_parameters: Mapping[st
 
 
 def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any]) -> PRiMeFlow:
-    """The checkpoint's model in evaluation mode, with the settings of sampling that ``cfg`` changes."""
+    """The checkpoint's model in evaluation mode, with the sampling settings that ``cfg`` changes."""
     settings = OmegaConf.to_container(cfg.model)
     if unknown := [name for name in settings if name != "sampler"]:
         raise InputError(f"a prediction cannot change model.{unknown[0]}; it can change the settings of model.sampler")
@@ -188,8 +190,8 @@ def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any])
     return model.eval()
 
 
-def device_of(accelerator: str) -> torch.device:
-    """Device of one of Lightning's names of accelerators; ``auto`` is a GPU where there is one."""
+def choose_device(accelerator: str) -> torch.device:
+    """Device of an accelerator as Lightning names it; ``auto`` is a GPU if torch finds one."""
     known = {"auto": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
     if accelerator not in known:
         raise InputError(f"accelerator {accelerator!r} is not known; choose auto, cpu or gpu")
@@ -199,7 +201,7 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """What Lightning's trainer puts around a test at a precision."""
+    """The context in which Lightning's trainer runs a test at this precision."""
     if precision not in PRECISIONS:
         raise InputError(f"a prediction cannot run at precision {precision}; set precision to 32-true or bf16-mixed")
     dtype = PRECISIONS[precision]
@@ -213,9 +215,11 @@ def generate_to_disk(
     precision: str,
     console: Console,
     per_condition: bool,
-    handed_in: ChallengeOutput,
+    challenge_output: ChallengeOutput,
 ) -> list[Path]:
-    """Generate conditions to one file, or to one each; of these, files that the same request has made are kept.
+    """Generate conditions into one file, or into one file per condition.
+
+    Files per condition that an earlier run wrote from the same weights and settings are kept.
 
     Returns
     -------
@@ -223,27 +227,26 @@ def generate_to_disk(
     """
     obs, counts, genes = conditions.obs, conditions.counts, model.gene_names
     condition = model.encode(conditions)
-    made = how_made(model, precision)
-    if steps := handed_in.steps.record():
-        made["challenge"] = steps
+    record = sampling_record(model, precision)
+    if steps := challenge_output.steps.record():
+        record["challenge"] = steps
     if not per_condition:
-        blocks = with_progress(handed_in.stream(model, condition, counts), counts, console)
-        write_file(output, blocks, cells_obs(obs, counts, range(len(obs))), genes, json.dumps(made))
+        blocks = with_progress(challenge_output.stream(model, condition, counts), counts, console)
+        write_file(output, blocks, cells_obs(obs, counts, range(len(obs))), genes, json.dumps(record))
         return [output]
-    records = [json.dumps({**made, "condition": hashlib.sha256(key).hexdigest()}) for key in condition.row_keys()]
+    records = [json.dumps({**record, "condition": hashlib.sha256(key).hexdigest()}) for key in condition.row_keys()]
     rows = not_written(output, obs, counts, records)
     if len(rows) < len(obs):
-        kept = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
-        say(console, f"{kept} are in {output} from an earlier run and are kept")
-    blocks = with_progress(handed_in.stream(model, condition[rows], counts[rows], rows), counts[rows], console)
+        done = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
+        report(console, f"{done} are in {output} from an earlier run and are kept")
+    blocks = with_progress(challenge_output.stream(model, condition[rows], counts[rows], rows), counts[rows], console)
     write_files(output, numbered(blocks, rows), obs, counts, genes, records)
     return [output / name for name in file_names(obs)]
 
 
-def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
-    """Everything that determines the values of a condition's cells: the weights and the settings of sampling."""
+def sampling_record(model: PRiMeFlow, precision: str) -> dict[str, Any]:
+    """Everything that determines the generated cells of a condition: the weights and the sampling settings."""
     settings = model.sampler
-    calibrated = settings.calibrate != "none"
     return {
         "weights": digest(model.state_dict().values()),
         "seed": model.seed,
@@ -251,13 +254,13 @@ def how_made(model: PRiMeFlow, precision: str) -> dict[str, Any]:
         "solver": asdict(settings.solver),
         "detection_limit": detection_limit(model),
         "calibrate": settings.calibrate,
-        "calibration_cells": settings.calibration_cells if calibrated else None,
+        "calibration_cells": None if settings.calibrate == "none" else settings.calibration_cells,
         "precision": precision,
     }
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of tensors' bytes."""
+    """SHA-256 of the bytes of tensors."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -265,7 +268,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def with_progress(blocks: Iterable[Block], counts: np.ndarray, console: Console) -> Iterator[Block]:
-    """The blocks, with a bar that counts their cells."""
+    """Show a progress bar of generated cells while the blocks pass through."""
     columns = [TextColumn("Generating cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=int(counts.sum()))
@@ -275,15 +278,15 @@ def with_progress(blocks: Iterable[Block], counts: np.ndarray, console: Console)
 
 
 def predict_from_controls(cfg: DictConfig, run: DictConfig, console: Console) -> Path:
-    """Predict with a model that shifts control cells: chunks of conditions, a cell for each control cell."""
+    """Predict with a model that shifts control cells, chunk by chunk: one cell for each control cell."""
     if not {"data", "model"} <= set(run):
         raise InputError(
-            f"{cfg.ckpt_path} is no PRiMeFlow's and does not lie in a run's folder: there is no "
-            f"{config_beside(Path(cfg.ckpt_path))} to take its data and model from"
+            f"{cfg.ckpt_path} is not a PRiMeFlow model and needs the data and model settings of its run, but "
+            f"{config_beside(Path(cfg.ckpt_path))} does not exist; give a checkpoint in the folder of its run"
         )
     if cfg.per_condition or cfg.controls or Path(cfg.output_path).suffix == ".h5ad":
         raise InputError(
-            f"{cfg.ckpt_path} is no PRiMeFlow's, so that it gives a cell for each control cell, in chunks; give a "
+            f"{cfg.ckpt_path} is not a PRiMeFlow model and predicts one cell for each control cell, in chunks; give a "
             "folder as output_path, and neither per_condition nor controls"
         )
     with open_dict(cfg):
@@ -292,5 +295,5 @@ def predict_from_controls(cfg: DictConfig, run: DictConfig, console: Console) ->
         cfg.seed = run.get("seed") if cfg.seed is None else cfg.seed
     load("modelcore.predict.predict")(cfg)
     output = Path(cfg.output_path)
-    say(console, f"Predicted cells are in {output}")
+    report(console, f"Predicted cells are in {output}")
     return output

@@ -49,7 +49,7 @@ class GroupedAdam:
         """
         fused = all(parameter.device.type in FUSED for parameter in model.parameters())
         optimizer = Adam(adam_groups(model, self.factors, lr), lr=lr, weight_decay=wd, fused=fused or None)
-        # Lightning refuses to clip gradients of an optimizer that unscales them itself, which fused Adam claims to do.
+        # Lightning does not clip gradients of an optimizer that unscales them itself, which fused Adam claims to do.
         # Without this mark the gradients are unscaled before the step and can be clipped.
         optimizer._step_supports_amp_scaling = False
         if not schedule:

@@ -127,7 +127,7 @@ def test_a_table_that_differs_from_the_one_of_training_is_an_error():
 
 def test_perturbench_embeddings_work_with_multi_hot_only():
     assert build(perturbation_embedding_width=2).conditions.width == 2 + 2 + 1 + 1
-    with pytest.raises(InputError, match=r"remove it and pass the file as model\.conditions\.embeddings"):
+    with pytest.raises(InputError, match=r"pass the file as model\.conditions\.embeddings instead"):
         build(external(), perturbation_embedding_width=2)
 
 

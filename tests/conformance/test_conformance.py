@@ -158,7 +158,7 @@ def test_a_checkpoint_is_tested_without_training(run, tmp_path, screen_path):
 
 
 def test_finetuning_starts_from_the_weights_at_step_zero(run, tmp_path, screen_path):
-    given = [f"ckpt_path={checkpoint_of(run)}", "+finetune=true", "trainer.max_steps=1", "model.lr=0", "~callbacks.ema"]
+    given = [f"ckpt_path={checkpoint_of(run)}", "finetune=true", "trainer.max_steps=1", "model.lr=0", "~callbacks.ema"]
     tuned = train(settings(screen_path, tmp_path, *given))
     assert tuned["trainer"].global_step == 1
     trained = torch.load(checkpoint_of(run), map_location="cpu", weights_only=False)["state_dict"]

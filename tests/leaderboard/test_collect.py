@@ -116,7 +116,7 @@ def _without(run, key):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "file", "said"),
+    ("spoil", "file", "message"),
     [
         (lambda run: (run / "table.csv").unlink(), "", "lacks table.csv"),
         (lambda run: (run / "per_condition.parquet").unlink(), "", "lacks per_condition.parquet"),
@@ -137,7 +137,7 @@ def _without(run, key):
         (_drop_row, "per_condition.parquet", "17 conditions of mmd_none but 18"),
     ],
 )
-def test_unusable_run_is_left_out_and_listed(tmp_path, spoil, file, said):
+def test_unusable_run_is_left_out_and_listed(tmp_path, spoil, file, message):
     write_run(tmp_path / "good")
     odd = write_run(tmp_path / "odd", seed=1)
     spoil(odd)
@@ -145,7 +145,7 @@ def test_unusable_run_is_left_out_and_listed(tmp_path, spoil, file, said):
     assert [run.folder.name for run in found.runs] == ["good"]
     (excluded,) = found.excluded
     assert str(odd / file) in excluded.reason
-    assert said in excluded.reason
+    assert message in excluded.reason
     assert "\n" not in excluded.reason
 
 

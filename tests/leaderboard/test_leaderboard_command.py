@@ -82,7 +82,7 @@ def test_reference_without_a_value_is_left_out_of_that_comparison_alone(folder, 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--baseline", "absent"], "--baseline absent: no run has this name"),
         (
@@ -94,24 +94,24 @@ def test_reference_without_a_value_is_left_out_of_that_comparison_alone(folder, 
         (["--figures", "-1"], "--figures -1"),
     ],
 )
-def test_unknown_names_raise_and_write_nothing(folder, monkeypatch, capsys, options, said):
-    assert said in refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out", *options)
+def test_unknown_names_raise_and_write_nothing(folder, monkeypatch, capsys, options, message):
+    assert message in refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out", *options)
     assert not (folder / "out").exists()
 
 
 def test_incomparable_runs_raise_and_write_nothing(folder, monkeypatch, capsys):
     write_run(folder / "runs" / "odd", "good", 7, split="6" * 64)
-    said = refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out")
-    assert "odd differs from" in said
+    message = refused(monkeypatch, capsys, folder / "runs", "--output", folder / "out")
+    assert "odd differs from" in message
     assert not (folder / "out").exists()
 
 
 def test_unreadable_run_is_left_out_with_a_warning(folder, monkeypatch, capsys):
     (folder / "runs" / "good1" / "environment.json").write_text("{")
     call(monkeypatch, folder / "runs", "--output", folder / "out", "--no-figures")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "warning: left out:" in said
-    assert "good1/environment.json: expected JSON" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "warning: left out:" in message
+    assert "good1/environment.json: expected JSON" in message
     assert "expected JSON" in (folder / "out" / "report.html").read_text()
 
 
@@ -253,7 +253,7 @@ def test_cells_of_the_conditions_asked_for_are_drawn(cells, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "screen.h5ad").unlink(), "does not exist"),
         (lambda folder: (folder / "screen.h5ad").write_bytes(b"other"), "has changed since"),
@@ -261,12 +261,12 @@ def test_cells_of_the_conditions_asked_for_are_drawn(cells, monkeypatch):
         (lambda folder: (folder / "run" / "train_test_split.csv").unlink(), "lacks train_test_split.csv"),
     ],
 )
-def test_run_without_its_cells_still_has_a_page(cells, monkeypatch, spoil, said):
+def test_run_without_its_cells_still_has_a_page(cells, monkeypatch, spoil, message):
     folder, _, _ = cells
     spoil(folder)
     call(monkeypatch, folder / "run", "--output", folder / "out")
     page = (folder / "out" / "report.html").read_text()
-    assert said in page
+    assert message in page
     assert "<figure>" not in page
 
 

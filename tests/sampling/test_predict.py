@@ -87,18 +87,18 @@ def write_table(folder, pairs=PAIRS, **columns):
 
 
 def predict(checkpoint, table, output, *overrides):
-    """What was written, and what was said."""
+    """The path that was written, and the printed text."""
     with hydra.initialize_config_module("primeflow_perturbench.configs", version_base="1.3"):
         given = [f"ckpt_path={checkpoint}", f"prediction_dataframe_path={table}", f"output_path={output}"]
         cfg = hydra.compose("predict", overrides=[*given, f"paths.output_dir={output}", *overrides])
-    said = io.StringIO()
-    return predict_run(cfg, Console(file=said, width=1000)), " ".join(said.getvalue().split())
+    printed = io.StringIO()
+    return predict_run(cfg, Console(file=printed, width=1000)), " ".join(printed.getvalue().split())
 
 
-def refused(*arguments, error=InputError):
-    with pytest.raises(error) as refusal:
+def error_of(*arguments, error=InputError):
+    with pytest.raises(error) as error_info:
         predict(*arguments)
-    return str(refusal.value)
+    return str(error_info.value)
 
 
 def dense(adata):
@@ -123,7 +123,7 @@ def assert_same_bits(found, expected):
 # --- what is generated
 
 
-def test_cells_are_those_of_the_runs_own_test(run, tmp_path):
+def test_predicted_cells_equal_those_of_the_runs_test(run, tmp_path):
     """To the bit: precision, solver, limit and seed are the run's."""
     tested = by_condition(run / "predicted.h5ad")
     table = write_table(tmp_path, sorted(tested))
@@ -134,7 +134,7 @@ def test_cells_are_those_of_the_runs_own_test(run, tmp_path):
     assert all((by_condition(other)[group] != values).any() for group, values in tested.items())
 
 
-def test_bits_depend_on_neither_order_nor_company_nor_the_kind_of_file(run, tmp_path):
+def test_cells_do_not_depend_on_order_other_conditions_or_kind_of_file(run, tmp_path):
     file, _ = predict(last(run), write_table(tmp_path), tmp_path / "one", "n_cells=33")
     first = by_condition(file)
     assert set(first) == set(PAIRS)
@@ -161,7 +161,7 @@ def test_bits_depend_on_neither_order_nor_company_nor_the_kind_of_file(run, tmp_
         "seed=4",
     ],
 )
-def test_settings_of_sampling_can_be_changed(run, tmp_path, override):
+def test_sampling_settings_can_be_changed(run, tmp_path, override):
     table = write_table(tmp_path, PAIRS[:2])
     plain, _ = predict(last(run), table, tmp_path / "plain", "n_cells=8", "seed=3")
     other, _ = predict(last(run), table, tmp_path / "other", "n_cells=8", override)
@@ -169,7 +169,7 @@ def test_settings_of_sampling_can_be_changed(run, tmp_path, override):
         assert (by_condition(other)[group] != values).mean() > 0.01
 
 
-def test_a_checkpoint_alone_is_enough(run, tmp_path):
+def test_a_checkpoint_without_its_run_is_enough(run, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     alone = shutil.copy(last(run), tmp_path / "elsewhere" / "alone.ckpt")
     table = write_table(tmp_path)
@@ -180,7 +180,7 @@ def test_a_checkpoint_alone_is_enough(run, tmp_path):
 
 def test_controls_are_generated_for_every_covariate(run, tmp_path):
     table = write_table(tmp_path, [("beta", "G0"), ("alpha", "G1"), ("beta", "G1")], n_cells=2)
-    file, said = predict(last(run), table, tmp_path, "controls=true", "control_cells=5")
+    file, printed = predict(last(run), table, tmp_path, "controls=true", "control_cells=5")
     sizes = ad.read_h5ad(file).obs.groupby(["cell_type", "condition"], observed=True, sort=False).size()
     assert sizes.to_dict() == {
         ("beta", "G0"): 2,
@@ -189,13 +189,13 @@ def test_controls_are_generated_for_every_covariate(run, tmp_path):
         ("beta", "control"): 5,
         ("alpha", "control"): 5,
     }
-    assert f"16 cells of 5 conditions are in {file}" in said
+    assert f"16 cells of 5 conditions are in {file}" in printed
 
 
 # --- files
 
 
-def test_an_interrupted_folder_is_finished_by_the_same_command(run, tmp_path, monkeypatch):
+def test_repeating_an_interrupted_prediction_finishes_its_folder(run, tmp_path, monkeypatch):
     table, settings = write_table(tmp_path), ["per_condition=true", "n_cells=40"]
     whole, _ = predict(last(run), table, tmp_path / "whole", *settings)
     generated = []
@@ -212,19 +212,19 @@ def test_an_interrupted_folder_is_finished_by_the_same_command(run, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         predict(last(run), table, tmp_path / "cut", *settings)
     assert len(list((tmp_path / "cut").iterdir())) == 2
-    folder, said = predict(last(run), table, tmp_path / "cut", *settings)
-    assert "2 of 12 conditions are in" in said
+    folder, printed = predict(last(run), table, tmp_path / "cut", *settings)
+    assert "2 of 12 conditions are in" in printed
     assert generated == [12, 10]
     assert_same_bits(by_condition(*folder.glob("*.h5ad")), by_condition(*whole.glob("*.h5ad")))
-    _, said = predict(last(run), table, folder, *settings)
-    assert "12 of 12 conditions" in said
+    _, printed = predict(last(run), table, folder, *settings)
+    assert "12 of 12 conditions" in printed
     assert sum(generated) == 22
-    _, said = predict(last(run), table, folder, *settings, "model.sampler.guidance=2")
-    assert "earlier run" not in said
+    _, printed = predict(last(run), table, folder, *settings, "model.sampler.guidance=2")
+    assert "earlier run" not in printed
     assert generated[-1] == 12
 
 
-def test_an_interrupted_file_is_not_there(run, tmp_path, monkeypatch):
+def test_an_interrupted_prediction_leaves_no_file(run, tmp_path, monkeypatch):
     stream = PRiMeFlow.stream
 
     def broken(model, condition, counts):
@@ -237,33 +237,33 @@ def test_an_interrupted_file_is_not_there(run, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_files_that_no_prediction_has_written_are_not_replaced(run, tmp_path):
+def test_files_not_written_by_a_prediction_are_not_replaced(run, tmp_path):
     table = write_table(tmp_path)
     before = table.read_bytes()
-    assert "conditions.csv would be replaced" in refused(last(run), table, tmp_path, "per_condition=true")
-    assert "no prediction has written it" in refused(last(run), table, run)
+    assert "conditions.csv would be replaced" in error_of(last(run), table, tmp_path, "per_condition=true")
+    assert "was not written by a prediction" in error_of(last(run), table, run)
     (tmp_path / "taken.h5ad").mkdir()
-    assert "no prediction has written it" in refused(last(run), table, tmp_path / "taken.h5ad")
+    assert "was not written by a prediction" in error_of(last(run), table, tmp_path / "taken.h5ad")
     folder, _ = predict(last(run), table, tmp_path / "out", "per_condition=true", "n_cells=1")
     index = folder / "conditions.csv"
-    assert "would be replaced" in refused(last(run), index, folder, "per_condition=true")
+    assert "would be replaced" in error_of(last(run), index, folder, "per_condition=true")
     assert table.read_bytes() == before
-    assert "there is no table" in refused(last(run), tmp_path / "absent.csv", folder, "per_condition=true")
+    assert "there is no table" in error_of(last(run), tmp_path / "absent.csv", folder, "per_condition=true")
     again, _ = predict(last(run), index, tmp_path / "again")
     assert again.is_file()
     predict(last(run), table, again, "n_cells=2")
     assert ad.read_h5ad(again).n_obs == 24
 
 
-def test_the_command_line_writes_a_file_and_says_where(run, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_file_and_prints_its_path(run, tmp_path, monkeypatch, capsys):
     table = write_table(tmp_path, PAIRS[:2], n_cells=[3, 2])
     given = [f"ckpt_path={last(run)}", f"prediction_dataframe_path={table}", f"hydra.run.dir={tmp_path / 'run'}"]
     call(monkeypatch, "predict", *given)
     cells = ad.read_h5ad(tmp_path / "run" / "predicted.h5ad")
     assert cells.obs["condition"].tolist() == ["G0"] * 3 + ["G0+G7"] * 2
-    said = capsys.readouterr().out
-    assert "5 cells of 2 conditions are in" in said
-    assert str(tmp_path / "run" / "predicted.h5ad") in said
+    printed = capsys.readouterr().out
+    assert "5 cells of 2 conditions are in" in printed
+    assert str(tmp_path / "run" / "predicted.h5ad") in printed
 
 
 # --- perturbation embeddings
@@ -305,7 +305,7 @@ def table_of(folder, *labels):
     return folder / "c.csv"
 
 
-def test_embeddings_are_read_again_and_reach_perturbations_that_training_lacked(embedded, tmp_path):
+def test_embeddings_allow_perturbations_not_seen_in_training(embedded, tmp_path):
     path, model, embeddings = embedded
     given = f"perturbation_embeddings_path={tmp_path / 'embeddings.parquet'}"
     table = table_of(tmp_path, "G0+NEW", "control")
@@ -319,62 +319,62 @@ def test_embeddings_are_read_again_and_reach_perturbations_that_training_lacked(
     np.testing.assert_array_equal(dense(ad.read_h5ad(again)), dense(ad.read_h5ad(file)))
 
 
-def test_bad_embeddings_are_refused(embedded, tmp_path):
+def test_bad_embeddings_raise_an_error(embedded, tmp_path):
     path, _, embeddings = embedded
     table = table_of(tmp_path, "G0", "NEWER")
-    assert "give perturbation_embeddings_path=PATH" in refused(path, table, tmp_path / "out")
+    assert "give perturbation_embeddings_path=PATH" in error_of(path, table, tmp_path / "out")
     parquet = tmp_path / "embeddings.parquet"
     given = f"perturbation_embeddings_path={parquet}"
-    assert "without a row in the perturbation embeddings, 'NEWER'" in refused(path, table, tmp_path / "out", given)
+    assert "without a row in the perturbation embeddings, 'NEWER'" in error_of(path, table, tmp_path / "out", given)
     embeddings[["a", "b"]].to_parquet(parquet)
-    assert "of width 2, but" in refused(path, table, tmp_path / "out", given)
+    assert "of width 2, but" in error_of(path, table, tmp_path / "out", given)
     absent = f"perturbation_embeddings_path={tmp_path / 'absent.parquet'}"
-    assert "absent.parquet" in refused(path, table, tmp_path / "out", absent)
+    assert "absent.parquet" in error_of(path, table, tmp_path / "out", absent)
 
 
 # --- bad input
 
 
-def test_bad_input_is_refused_before_anything_is_written(run, tmp_path):
+def test_bad_input_raises_before_anything_is_written(run, tmp_path):
     table, out = write_table(tmp_path), tmp_path / "out"
     unseen = write_table(tmp_path / "..", [("alpha", "NOVEL1")])
-    assert "there is no checkpoint" in refused(tmp_path / "absent.ckpt", table, out)
+    assert "there is no checkpoint" in error_of(tmp_path / "absent.ckpt", table, out)
     (tmp_path / "cut.ckpt").write_bytes(last(run).read_bytes()[:5000])
-    assert "cut.ckpt is not a checkpoint" in refused(tmp_path / "cut.ckpt", table, out)
-    assert "NOVEL1" in refused(last(run), unseen, out)
-    assert "there is no table of conditions" in refused(last(run), tmp_path / "absent.csv", out)
-    assert "give a folder" in refused(last(run), table, f"{out}.h5ad", "per_condition=true")
-    assert "unknown solver 'leapfrog'" in refused(last(run), table, out, "model.sampler.solver.method=leapfrog")
-    assert "unexpected keyword argument 'step'" in refused(last(run), table, out, "+model.sampler.solver.step=3")
-    assert "cannot change model.lr" in refused(last(run), table, out, "+model.lr=1")
-    assert "guidance must be at least 0" in refused(last(run), table, out, "model.sampler.guidance=-1")
-    assert "n_cells must be a positive whole number" in refused(last(run), table, out, "n_cells=0")
-    assert "precision 64-true" in refused(last(run), table, out, "precision=64-true")
-    assert "accelerator 'abacus'" in refused(last(run), table, out, "accelerator=abacus")
+    assert "cut.ckpt is not a checkpoint" in error_of(tmp_path / "cut.ckpt", table, out)
+    assert "NOVEL1" in error_of(last(run), unseen, out)
+    assert "there is no table of conditions" in error_of(last(run), tmp_path / "absent.csv", out)
+    assert "give a folder" in error_of(last(run), table, f"{out}.h5ad", "per_condition=true")
+    assert "unknown solver 'leapfrog'" in error_of(last(run), table, out, "model.sampler.solver.method=leapfrog")
+    assert "unexpected keyword argument 'step'" in error_of(last(run), table, out, "+model.sampler.solver.step=3")
+    assert "cannot change model.lr" in error_of(last(run), table, out, "+model.lr=1")
+    assert "guidance must be at least 0" in error_of(last(run), table, out, "model.sampler.guidance=-1")
+    assert "n_cells must be a positive whole number" in error_of(last(run), table, out, "n_cells=0")
+    assert "precision 64-true" in error_of(last(run), table, out, "precision=64-true")
+    assert "accelerator 'abacus'" in error_of(last(run), table, out, "accelerator=abacus")
     if not torch.cuda.is_available():
-        assert "finds no GPU" in refused(last(run), table, out, "accelerator=gpu")
+        assert "finds no GPU" in error_of(last(run), table, out, "accelerator=gpu")
     assert not out.exists()
 
 
-def test_the_command_line_names_an_unseen_perturbation(run, tmp_path, monkeypatch, capsys):
+def test_the_command_names_an_unseen_perturbation(run, tmp_path, monkeypatch, capsys):
     table = write_table(tmp_path, [("alpha", "NOVEL1")])
     given = [f"ckpt_path={last(run)}", f"prediction_dataframe_path={table}", f"hydra.run.dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, "predict", *given)
     assert stop.value.code == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "Traceback" not in said
-    assert "1 perturbation not seen in training, 'NOVEL1'" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in printed
+    assert "1 perturbation not seen in training, 'NOVEL1'" in printed
 
 
 # --- other models
 
 
-def test_a_model_of_controls_still_predicts_from_its_runs_data(tmp_path, screen_path):
+def test_a_model_that_shifts_controls_predicts_from_its_runs_data(tmp_path, screen_path):
     run = train(tmp_path, screen_path, "model=linear_additive", "data=h5ad_controls", "trainer.precision=32-true")
     table = write_table(tmp_path, PAIRS[:2])
-    folder, said = predict(last(run), table, tmp_path / "out", "~callbacks.progress_bar")
-    assert f"Predicted cells are in {folder}" in said
+    folder, printed = predict(last(run), table, tmp_path / "out", "~callbacks.progress_bar")
+    assert f"Predicted cells are in {folder}" in printed
     cells = by_condition(*folder.glob("*.h5ad"))
     assert set(cells) == set(PAIRS[:2])
     screen = ad.read_h5ad(screen_path)
@@ -382,12 +382,12 @@ def test_a_model_of_controls_still_predicts_from_its_runs_data(tmp_path, screen_
     # Controls plus one shift for all: the spread of every gene is that of the controls.
     for values in cells.values():
         np.testing.assert_allclose(values.std(axis=0), dense(controls).std(axis=0), rtol=1e-4, atol=1e-5)
-    assert "gives a cell for each control cell" in refused(last(run), table, tmp_path / "one.h5ad")
+    assert "predicts one cell for each control cell" in error_of(last(run), table, tmp_path / "one.h5ad")
     alone = shutil.copy(last(run), tmp_path / "alone.ckpt")
-    assert "does not lie in a run's folder" in refused(alone, table, tmp_path / "out")
+    assert "give a checkpoint in the folder of its run" in error_of(alone, table, tmp_path / "out")
 
 
-def test_the_progress_counts_cells(monkeypatch):
+def test_the_progress_bar_counts_cells(monkeypatch):
     counts, advanced = np.array([40, 5]), []
     monkeypatch.setattr(predicting.Progress, "advance", lambda self, task, n: advanced.append(n))
     blocks = [(0, 0, torch.zeros(32, 2)), (0, 32, torch.zeros(8, 2)), (1, 0, torch.zeros(5, 2))]

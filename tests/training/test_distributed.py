@@ -77,8 +77,8 @@ def alone(tmp_path_factory, split) -> Path:
 def together(tmp_path_factory, split) -> Path:
     """Folder under which two processes of the command line have trained and tested."""
     folder = tmp_path_factory.mktemp("together")
-    code, said = primeflow_train(folder, split, *TWO)
-    assert code == 0, said[-3000:]
+    code, printed = primeflow_train(folder, split, *TWO)
+    assert code == 0, printed[-3000:]
     return folder
 
 
@@ -95,9 +95,9 @@ def primeflow_train(
     command = [sys.executable, *launcher, "-m", "primeflow_perturbench", "train", *settings, *overrides]
     modules = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "PYTHONPATH": modules}
-    said = folder / "said.txt"
+    log_path = folder / "output.txt"
     # A file, because a pipe stays open while either process runs.
-    with said.open("w") as log:
+    with log_path.open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         process.wait(timeout=limit)
@@ -105,7 +105,7 @@ def primeflow_train(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-    return process.returncode, said.read_text()
+    return process.returncode, log_path.read_text()
 
 
 def run_folder(folder: Path) -> Path:
@@ -154,9 +154,9 @@ def test_two_processes_leave_one_run(together):
         *(f"checkpoints/step{STEPS}.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"),
         *("predicted.h5ad", "summary.csv", "summary_by_cov.csv", "per_condition.parquet", "table.csv"),
     }
-    said = (together / "said.txt").read_text()
-    assert said.count("held-out conditions") == 1
-    assert said.count("Everything about this run") == 1
+    printed = (together / "output.txt").read_text()
+    assert printed.count("held-out conditions") == 1
+    assert printed.count("Everything about this run") == 1
     assert list(pd.read_csv(run / "table.csv", index_col=0)) == [
         *("PRiMeFlow", "control", "training_mean", "additive", "calibrated_control", "ceiling"),
     ]
@@ -165,12 +165,12 @@ def test_two_processes_leave_one_run(together):
 @pytest.mark.slow
 def test_processes_of_torchrun_learn_what_one_process_learns(alone, split, tmp_path):
     """They start at different times and still write to one folder."""
-    code, said = primeflow_train(tmp_path, split, TWO[0], "trainer=torchrun", "test=false", launcher=TORCHRUN)
-    assert code == 0, said[-3000:]
+    code, printed = primeflow_train(tmp_path, split, TWO[0], "trainer=torchrun", "test=false", launcher=TORCHRUN)
+    assert code == 0, printed[-3000:]
     run = run_folder(tmp_path)
     assert_same_training(alone, run)
     assert (run / "config.yaml").is_file()
-    assert said.count("Trained; the run is in") == 1
+    assert printed.count("Trained; the run is in") == 1
 
 
 @pytest.mark.slow
@@ -193,8 +193,8 @@ def test_two_processes_learn_from_an_atlas_what_one_process_learns(tmp_path):
     given = ["test=false", f"paths.output_dir={one}", "run_name=test"]
     train(compose("data.loader.batch_size=64", *given, settings=settings))
     two.mkdir()
-    code, said = primeflow_train(two, *TWO, "test=false", settings=settings)
-    assert code == 0, said[-3000:]
+    code, printed = primeflow_train(two, *TWO, "test=false", settings=settings)
+    assert code == 0, printed[-3000:]
     curves = [pd.read_csv(run / "logs" / "metrics.csv").set_index("step") for run in (one, run_folder(two))]
     assert len(curves[0]["train_loss"].dropna()) == STEPS
     pd.testing.assert_frame_equal(*(curve[["train_loss", "val_loss"]] for curve in curves), rtol=0, atol=1e-4)
@@ -232,11 +232,11 @@ def test_one_failing_process_ends_the_run_with_one_sentence(ranks, status, split
     """Otherwise the others would wait for its gradients, and it for them to save a checkpoint."""
     (tmp_path / "failing.py").write_text(FAILING)
     callback = ["+callbacks.fails._target_=failing.Fails", f"+callbacks.fails.ranks={ranks}"]
-    code, said = primeflow_train(tmp_path, split, *TWO, "test=false", *callback)
+    code, printed = primeflow_train(tmp_path, split, *TWO, "test=false", *callback)
     assert code in status
-    assert said.count("error: cell 7 is broken") == 1
-    assert "Traceback" not in said
-    assert "HYDRA_FULL_ERROR" not in said
+    assert printed.count("error: cell 7 is broken") == 1
+    assert "Traceback" not in printed
+    assert "HYDRA_FULL_ERROR" not in printed
     assert not (run_folder(tmp_path) / "checkpoints").exists()
 
 
@@ -263,8 +263,15 @@ def test_lightning_reads_nodes_and_tasks_from_slurm(monkeypatch, tmp_path):
 
 
 def test_lightning_reads_machines_and_processes_from_torchrun(monkeypatch, tmp_path):
-    told = {"WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 3, "GROUP_WORLD_SIZE": 2, "RANK": 4, "LOCAL_RANK": 1, "GROUP_RANK": 1}
-    for name, value in (told | {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
+    variables = {
+        "WORLD_SIZE": 6,
+        "LOCAL_WORLD_SIZE": 3,
+        "GROUP_WORLD_SIZE": 2,
+        "RANK": 4,
+        "LOCAL_RANK": 1,
+        "GROUP_RANK": 1,
+    }
+    for name, value in (variables | {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
         monkeypatch.setenv(name, str(value))
     trainer, _ = trainer_of("trainer=torchrun", "trainer.accelerator=cpu", folder=tmp_path)
     assert isinstance(trainer.strategy.cluster_environment, TorchElasticEnvironment)

@@ -1,4 +1,4 @@
-"""Genes that some files lack: they count neither in the loss nor in what is learnt, and training resumes exactly."""
+"""Genes that some files lack: they count neither in the loss nor in what is learned, and training resumes exactly."""
 
 import os
 import signal

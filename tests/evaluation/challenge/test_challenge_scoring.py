@@ -163,9 +163,9 @@ def test_hanging_child_is_killed_with_its_workers(fake_child, tmp_path):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("what", "said"), [("crash", "SIGSEGV"), ("status", "status 1: out of patience")])
-def test_child_that_dies_gives_one_sentence(fake_child, tmp_path, what, said):
-    assert said in run_child({"what": what}, tmp_path, 30)["error"]
+@pytest.mark.parametrize(("what", "message"), [("crash", "SIGSEGV"), ("status", "status 1: out of patience")])
+def test_child_that_dies_gives_one_sentence(fake_child, tmp_path, what, message):
+    assert message in run_child({"what": what}, tmp_path, 30)["error"]
 
 
 def test_failed_row_is_left_out_with_a_warning(fake_child, tmp_path, monkeypatch, measured, capsys):
