@@ -32,6 +32,8 @@ METRICS = {
     "top_k_recall_scores": "recall",
     "cosine_logfc": "cosine",
     "rmse_average": "RMSE",
+    "centered_energy": "centered E",
+    "correlation_agreement": "correlation agreement",
 }
 CELLS, STEPS = 500, 2000
 MODEL = ["model=primeflow_small", "model.network.width=128", f"trainer.max_steps={STEPS}", "data.loader.batch_size=128"]
@@ -159,7 +161,7 @@ def run(settings: list[str], folder: Path, result: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of the raw files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
