@@ -155,7 +155,7 @@ def check_controls(
         frequent = ", ".join(f"{label!r} ({n} cells)" for label, n in counts.head(5).items())
         hint = "set perturbation_control_value to the label of the control cells"
         hint += f", perhaps {close!r}" if close else ""
-        return [Finding("error", where, f"no cell labelled {control!r} among {frequent}", "control cells", hint)]
+        return [Finding("error", where, f"no cell labeled {control!r} among {frequent}", "control cells", hint)]
     findings = []
     if len(counts) == 1:
         hint = "give the perturbed cells too, or another perturbation_key"
@@ -165,7 +165,7 @@ def check_controls(
     without = sorted(group for group in set(groups) if not conditions[group, control])
     if without:
         names = [", ".join(f"{k}={value}" for k, value in zip(keys, group, strict=True)) for group in without]
-        found = f"no cell labelled {control!r} in {counted(without, 'covariate group')}, {quoted(names)}"
+        found = f"no cell labeled {control!r} in {counted(without, 'covariate group')}, {quoted(names)}"
         hint = "add their control cells, drop these groups or use fewer covariate_keys"
         findings.append(Finding("error", where, found, "controls in every covariate group", hint))
     single = sorted(

@@ -125,7 +125,8 @@ def preprocess(
                 found, hint = f"no counts at all in {statistics.n_empty} of {len(obs)} cells", "they are kept as zeros"
                 _warn(Finding("warning", counts.place, found, "counts in every cell", hint), console)
             variable = highly_variable(statistics.mean, statistics.variance, n_top_genes).set_index(var.index)
-            targets = perturbed_names(obs[perturbation_key], control, delimiter)
+            labels = obs[perturbation_key].astype(str).unique()
+            targets = {part for label in labels for part in split_label(label, delimiter, control)}
             var = var.assign(**variable, de=statistics.de, perturbed=var.index.isin(targets))
             chosen = np.flatnonzero(var[REASONS].any(axis=1))
             if not len(chosen):
@@ -150,11 +151,6 @@ def preprocess(
             uns = (read_elem(file["uns"]) if "uns" in file else {}) | {"log1p": {}, UNS_KEY: json.dumps(record)}
             anndata.AnnData(obs=obs, var=var, uns=uns).write_h5ad(temporary)
             _write_matrices(temporary, file, counts, chosen, progress)
-
-
-def perturbed_names(labels: pd.Series, control: str, delimiter: str | None) -> set[str]:
-    """Return the names of all perturbations that the labels name."""
-    return {part for label in labels.astype(str).unique() for part in split_label(label, delimiter, control)}
 
 
 def _check_settings(source: Path, target: Path, n_top_genes: int, n_de_genes: int, target_sum: float) -> None:

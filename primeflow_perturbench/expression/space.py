@@ -102,8 +102,8 @@ class PCASpace(nn.Module):
                 f"{0 if cells is None else len(cells)}; lower n_components"
             )
         exact = cells.double().cpu()
-        centred = exact - exact.mean(0)
-        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        centered = exact - exact.mean(0)
+        variances, vectors = torch.linalg.eigh(centered.T @ centered / len(centered))
         if variances[-1] <= 0:
             raise InputError("all training cells are equal, so they have no principal components")
         components = vectors.T.flip(0)[: self.width]

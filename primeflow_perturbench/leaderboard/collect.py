@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -213,7 +213,7 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
     seed = trial.get("seed") if trial.get("seed") is not None else record.get("seed")
     found: dict[str, tuple[Any, type]] = {"seed": (seed, int)}
     for key, parts in REQUIRED.items():
-        found |= {f"{key}.{part}": (_part(record, key).get(part), kind) for part, kind in parts.items()}
+        found |= {f"{key}.{part}": (record_part(record, key).get(part), kind) for part, kind in parts.items()}
     for key, (value, kind) in found.items():
         if not isinstance(value, kind):
             expected = "a whole number" if kind is int else "text"
@@ -241,9 +241,10 @@ def _read_run(folder: Path, trial: dict[str, Any]) -> Run | None:
     )
 
 
-def _part(record: dict[str, Any], key: str) -> dict[str, Any]:
+def record_part(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a record with names and values; empty if it is missing or of another type."""
     value = record.get(key)
-    return value if isinstance(value, dict) else {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _read(path: Path, reader: Callable[[Path], Any], kind: str) -> Any:

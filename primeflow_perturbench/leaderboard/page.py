@@ -32,6 +32,7 @@ from primeflow_perturbench.leaderboard.collect import (
     Run,
     RunCells,
     collect,
+    record_part,
 )
 from primeflow_perturbench.leaderboard.regimes import MEANING, covariate_groups, regimes
 from primeflow_perturbench.leaderboard.tables import MISSING, MODEL, ResultTable, higher_is_better
@@ -352,7 +353,7 @@ def facts_table(collection: Collection) -> TableBlock:
         "benchmark": _distinct(record.get("backend") for record in records),
         "hardware": _distinct(map(_hardware, records)),
         "versions": _distinct(
-            ", ".join(f"{name} {version}" for name, version in _mapping(record, "versions").items())
+            ", ".join(f"{name} {version}" for name, version in record_part(record, "versions").items())
             for record in records
         ),
         "commit": _distinct(record.get("commit") for record in records),
@@ -361,14 +362,8 @@ def facts_table(collection: Collection) -> TableBlock:
     return TableBlock.of("Runs, data and machines", columns)
 
 
-def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An optional part of a record."""
-    found = record.get(key)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _hardware(record: Mapping[str, Any]) -> str:
-    found = _mapping(record, "hardware")
+    found = record_part(record, "hardware")
     processor = f"{found.get('cpu', 'unknown processor')}, {found.get('cores', '?')} cores"
     return f"{found['gpu']}; {processor}" if "gpu" in found else processor
 
@@ -457,7 +452,7 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
         {
             "label": str(run.record.get("label") or run.label),
             "seed": run.seed,
-            "w": _mapping(_mapping(run.settings, "model"), "sampler").get("guidance"),
+            "w": record_part(record_part(run.settings, "model"), "sampler").get("guidance"),
             "evaluations": run.record.get("evaluations"),
             **run.means,
         }
@@ -589,7 +584,7 @@ def choose_conditions(values: pd.Series, higher_is_better: bool, n: int) -> list
 def runs_section(collection: Collection) -> Section:
     """Cost of the finished runs, and the runs that stand in no table."""
     runs, records = collection.runs, [run.record for run in collection.runs]
-    peaks = [_mapping(record, "peak_memory").get("host_gib") for record in records]
+    peaks = [record_part(record, "peak_memory").get("host_gib") for record in records]
     columns = {
         Column("model"): [Cell(run.label) for run in runs],
         Column("group"): [Cell(run.group) for run in runs],

@@ -58,8 +58,8 @@ def paired_wilcoxon(a: Sequence[float], b: Sequence[float], higher_is_better: bo
 
     Zero differences take part in the ranking and are then dropped from the rank sum (Pratt 1959). If all differences
     are zero, p is 1 and the effect 0. Up to `EXACT_PAIRS` pairs the null distribution is enumerated, ties included;
-    beyond, scipy's normal approximation is used. The effect is the share of the rank sum in favour of a minus the share
-    in favour of b (Kerby 2014).
+    beyond, scipy's normal approximation is used. The effect is the share of the rank sum in favor of a minus the share
+    in favor of b (Kerby 2014).
 
     Parameters
     ----------

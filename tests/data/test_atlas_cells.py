@@ -244,10 +244,10 @@ def test_errors_about_columns_and_labels(folder):
     )
     assert error_of(change(folder, 2, gene_key="symbl")).startswith(f"{folder / 'c.h5ad'}, var column 'symbl': found")
     assert error_of(change(folder, 0, control="Ctrl")) == (
-        f"{place} 'guide': found no cell labelled 'Ctrl' among 'A' (15 cells), 'A_B' (15 cells), 'B_A' (15 cells), "
+        f"{place} 'guide': found no cell labeled 'Ctrl' among 'A' (15 cells), 'A_B' (15 cells), 'B_A' (15 cells), "
         "'ctrl' (15 cells), expected control cells; set control to the label of the control cells, perhaps 'ctrl'."
     )
-    assert "found no cell labelled 'nt'" in error_of(change(folder, 1, control=["NT", "nt"]))
+    assert "found no cell labeled 'nt'" in error_of(change(folder, 1, control=["NT", "nt"]))
     assert "found the label 'A+x', expected no '+' within the name of a perturbation" in error_of(
         change(folder, 2, delimiter="_")
     )

@@ -45,7 +45,7 @@ def only(adata, level, **overrides):
     return finding.sentence
 
 
-def relabelled(**renamed):
+def relabeled(**renamed):
     adata = good()
     adata.obs["condition"] = adata.obs["condition"].replace(renamed)
     return adata
@@ -107,8 +107,8 @@ def test_missing_values_are_found_in_categorical_and_numeric_covariates():
 
 
 def test_absent_control_cells_are_an_error():
-    sentence = only(relabelled(control="ctrl"), "error")
-    assert "found no cell labelled 'control' among 'ctrl' (10 cells), 'A' (10 cells)" in sentence
+    sentence = only(relabeled(control="ctrl"), "error")
+    assert "found no cell labeled 'control' among 'ctrl' (10 cells), 'A' (10 cells)" in sentence
     assert sentence.endswith("set perturbation_control_value to the label of the control cells, perhaps 'ctrl'.")
 
 
@@ -116,7 +116,7 @@ def test_every_covariate_group_needs_control_cells():
     adata = good()
     adata = adata[~((adata.obs["condition"] == "control") & (adata.obs["cell_type"] == "beta"))].copy()
     sentence = only(adata, "error")
-    assert "found no cell labelled 'control' in 1 covariate group, 'cell_type=beta'" in sentence
+    assert "found no cell labeled 'control' in 1 covariate group, 'cell_type=beta'" in sentence
     assert findings(adata, covariate_keys=[]) == []
 
 
@@ -133,7 +133,7 @@ def test_only_controls_or_none():
     controls = adata[adata.obs["condition"] == "control"].copy()
     assert "found only 'control', expected perturbed cells" in only(controls, "error")
     perturbed = adata[adata.obs["condition"] == "A"].copy()
-    assert "no cell labelled 'control' among 'A' (10 cells)" in only(perturbed, "error")
+    assert "no cell labeled 'control' among 'A' (10 cells)" in only(perturbed, "error")
 
 
 def test_a_condition_with_a_single_cell_is_a_warning():
@@ -145,35 +145,35 @@ def test_a_condition_with_a_single_cell_is_a_warning():
 
 @pytest.mark.parametrize("broken", ["A+", "+A", "A++B", "+"])
 def test_an_empty_part_of_a_combination_is_an_error(broken):
-    sentence = only(relabelled(**{"A+B": broken}), "error")
+    sentence = only(relabeled(**{"A+B": broken}), "error")
     assert f"found 1 label with an empty part, '{broken}', expected a perturbation on both sides of '+'" in sentence
-    assert findings(relabelled(**{"A+B": broken}), perturbation_combination_delimiter=None) == []
+    assert findings(relabeled(**{"A+B": broken}), perturbation_combination_delimiter=None) == []
 
 
 @pytest.mark.parametrize("padded", ["A + B", " A", "A+B "])
 def test_spaces_around_a_part_are_an_error(padded):
-    sentence = only(relabelled(**{"A+B": padded}), "error")
+    sentence = only(relabeled(**{"A+B": padded}), "error")
     assert f"found 1 label with outer spaces, '{padded}'" in sentence
 
 
 def test_spaces_are_an_error_without_combinations_too():
-    sentence = only(relabelled(A="A "), "error", perturbation_combination_delimiter=None)
+    sentence = only(relabeled(A="A "), "error", perturbation_combination_delimiter=None)
     assert "found 1 label with outer spaces, 'A '" in sentence
 
 
 def test_a_combination_with_the_control_is_a_warning():
-    sentence = only(relabelled(A="A+control"), "warning")
+    sentence = only(relabeled(A="A+control"), "warning")
     assert "found 1 label combining the control 'control' with a perturbation, 'A+control'" in sentence
     assert "write 'A' instead of 'A+control'" in sentence
 
 
 def test_a_delimiter_within_names_is_a_warning():
-    adata = relabelled(**{"A": "HLA-A", "A+B": "TNF"})
+    adata = relabeled(**{"A": "HLA-A", "A+B": "TNF"})
     sentence = only(adata, "warning", perturbation_combination_delimiter="-")
     assert "found 1 label with '-' inside and no part that occurs alone, 'HLA-A'" in sentence
     assert findings(adata) == []
     # If one part occurs alone, the screen merely lacks the other one alone, which is common.
-    assert findings(relabelled(B="C")) == []
+    assert findings(relabeled(B="C")) == []
 
 
 def test_raw_counts_are_an_error_if_log1p_is_expected():

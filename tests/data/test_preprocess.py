@@ -331,7 +331,7 @@ def test_missing_columns_missing_controls_and_duplicate_names_are_errors(run):
     assert "obs column 'conditoin': found only the columns 'condition', 'cell_type'" in message
     assert "obs column 'donor'" in error_of(run, adata, covariate_keys=["donor"])
     message = error_of(run, adata, control="ctrl")
-    assert "found no cell labelled 'ctrl' among '" in message
+    assert "found no cell labeled 'ctrl' among '" in message
     for axis, name in (("obs", "cell3"), ("var", "G3")):
         twice = counts()
         names = list(getattr(twice, f"{axis}_names"))

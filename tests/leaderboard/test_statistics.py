@@ -60,10 +60,10 @@ def test_p_with_ties_and_zeros_equals_share_of_sign_patterns_at_least_as_extreme
     difference = np.array([0.0, 0.0, 0.1, -0.1, 0.2, 0.2, 0.2, 0.3, -0.4, 0.5])
     rank = stats.rankdata(np.abs(difference))
     size = rank[difference != 0]
-    centre = size.sum() / 2
-    extreme = abs(rank[difference > 0].sum() - centre)
+    center = size.sum() / 2
+    extreme = abs(rank[difference > 0].sum() - center)
     sums = [np.dot(size, signs) for signs in itertools.product((0, 1), repeat=len(size))]
-    expected = np.mean([abs(total - centre) >= extreme - 1e-9 for total in sums])
+    expected = np.mean([abs(total - center) >= extreme - 1e-9 for total in sums])
     assert paired_wilcoxon(difference, np.zeros(10), True).p == pytest.approx(expected, rel=1e-12)
     assert expected < 1
 

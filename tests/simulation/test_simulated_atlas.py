@@ -137,6 +137,6 @@ def test_check_reports_numbers_and_errors_of_an_atlas(simulated, atlas, monkeypa
     assert check(monkeypatch, wrong) == 1
     text = capsys.readouterr().out
     assert (
-        f"error: {wrong.with_name('atlas3.h5ad')}, obs column 'perturbation': found no cell labelled 'nobody'" in text
+        f"error: {wrong.with_name('atlas3.h5ad')}, obs column 'perturbation': found no cell labeled 'nobody'" in text
     )
     assert text.strip().endswith(f"{wrong} will not train: 1 error")

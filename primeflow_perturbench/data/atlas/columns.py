@@ -72,7 +72,7 @@ def read_conditions(obs: h5py.Group, entry: AtlasFile) -> pd.Categorical:
             match = nearest(control, sizes.index)
             frequent = ", ".join(f"{label!r} ({n:,} cells)" for label, n in sizes.head(5).items())
             hint = "set control to the label of the control cells" + (f", perhaps {match!r}" if match else "")
-            raise invalid(where, f"no cell labelled {control!r} among {frequent}", "control cells", hint)
+            raise invalid(where, f"no cell labeled {control!r} among {frequent}", "control cells", hint)
     return _renamed(labels, [_atlas_label(str(label), entry, where) for label in labels.cat.categories])
 
 

@@ -110,7 +110,7 @@ def test_expression_of_the_wrong_kind_raises(measured, tmp_path, cells):
         read_cells(str(measured), "counts", COLUMNS, log1p, True)
     alone = written(cells[cells.obs["target_gene"] != "non-targeting"].copy(), tmp_path)
     assert read_cells(alone, None, COLUMNS, log1p, False).n_obs == 200
-    with pytest.raises(InputError, match="no cell labelled 'non-targeting'"):
+    with pytest.raises(InputError, match="no cell labeled 'non-targeting'"):
         read_cells(alone, None, COLUMNS, log1p, True)
 
 
