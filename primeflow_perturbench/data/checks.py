@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from primeflow_perturbench.errors import InputError, counted, first_line, nearest, quoted
-from primeflow_perturbench.labels import raw_parts
+from primeflow_perturbench.labels import raw_parts, split_label
 
 # Values held in memory at once while a matrix is scanned: 32 MB of float64.
 CHUNK_VALUES = 2**22
@@ -197,6 +197,15 @@ def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str
     hint = f"write 'A' instead of 'A{delimiter}{control}': they are the same condition, but each label is scored alone"
     problem = f"combining the control {control!r} with a perturbation"
     add("warning", with_control, problem, "perturbations only", hint)
+    same: dict[tuple[str, ...], list[str]] = {}
+    for label in labels:
+        same.setdefault(split_label(label, delimiter, control), []).append(label)
+    twins = [" = ".join(map(repr, sorted(group))) for group in same.values() if len(group) > 1]
+    if twins:
+        # PerturBench splits by the label as written, so that cells of one condition would be in train and held out.
+        found = f"{counted(twins, 'condition')} under several labels, {', '.join(sorted(twins)[:5])}"
+        hint = "give the cells of a condition the same label"
+        findings.append(Finding("error", where, found, "one label per condition", hint))
     effective = {label: {name.strip() for name in names} - {"", control} for label, names in parts.items()}
     alone = set().union(*(names for names in effective.values() if len(names) == 1))
     strange = [label for label, names in effective.items() if len(names) > 1 and alone.isdisjoint(names)]
@@ -333,6 +342,10 @@ def require_h5ad(path: str | os.PathLike[str]) -> None:
     try:
         with h5py.File(path, "r") as file:
             keys = list(file)
+            layers = file.get("layers")
+            layers = list(layers) if isinstance(layers, h5py.Group) else []
+            names = ["X", "raw/X", *(f"layers/{name}" for name in layers)]
+            found = next(filter(None, (_bad_structure(file, name) for name in names)), None)
     except OSError as error:
         truncated = "truncated" in str(error)
         found = "a truncated file" if truncated else f"a damaged HDF5 file ({first_line(error)})"
@@ -340,6 +353,32 @@ def require_h5ad(path: str | os.PathLike[str]) -> None:
     if not {"obs", "var"} <= set(keys):
         found = f"an HDF5 file with {quoted(keys)}" if keys else "an empty HDF5 file"
         raise _not_h5ad(path, f"{found} but without 'obs' and 'var'", "write it with adata.write_h5ad")
+    if found:
+        raise _not_h5ad(path, found, again)
+
+
+def _bad_structure(file: h5py.File, name: str) -> str | None:
+    """What is wrong with the pointers and indices of a sparse matrix; scipy would read outside its memory there."""
+    group = file.get(name)
+    layout = group.attrs.get("encoding-type") if isinstance(group, h5py.Group) else None
+    if layout not in ("csr_matrix", "csc_matrix"):
+        return None
+    if absent := {"data", "indices", "indptr"} - set(group) or {"shape"} - set(group.attrs):
+        return f"a sparse {name} without {quoted(sorted(absent))}"
+    n_rows, n_columns = (int(n) for n in group.attrs["shape"])
+    n_outer, n_inner = (n_rows, n_columns) if layout == "csr_matrix" else (n_columns, n_rows)
+    indices, n_values, pointers = group["indices"], len(group["data"]), group["indptr"][:]
+    if len(indices) != n_values:
+        return f"{len(indices)} indices of {n_values} values in {name}"
+    valid = len(pointers) == n_outer + 1 and pointers[0] == 0 and pointers[-1] == n_values
+    if not valid or (pointers[1:] < pointers[:-1]).any():
+        return f"row pointers (indptr) of {name} that do not divide its {n_values} values into {n_outer} parts"
+    for start in range(0, n_values, CHUNK_VALUES):
+        chunk = indices[start : start + CHUNK_VALUES]
+        wrong = chunk[(chunk < 0) | (chunk >= n_inner)]
+        if len(wrong):
+            return f"index {wrong[0]} in {name}, whose indices go from 0 to {n_inner - 1}"
+    return None
 
 
 def _not_h5ad(path: Path, found: str, hint: str) -> InputError:

@@ -53,6 +53,7 @@ def write_split(
     """
     if task not in TASKS:
         raise InputError(f"task {task!r}: expected one of {', '.join(TASKS)}")
+    _check_target(file, Path(target))
     adata = read_h5ad(file, backed=True)
     obs = adata.obs
     adata.file.close()
@@ -69,6 +70,22 @@ def write_split(
             n_perturbations = labels[labels != control].nunique()
             console.print(f"{name}: {len(labels):,} cells, {n_perturbations:,} perturbations", highlight=False)
         console.print(f"The split is in {target}", highlight=False, soft_wrap=True)
+
+
+def _check_target(file: str | Path, target: Path) -> None:
+    """Raise `InputError` if ``target`` is the source or any other file that is no split."""
+    if not target.exists():
+        return
+    hint = "give another name for the split"
+    if Path(file).exists() and target.samefile(file):
+        raise InputError(f"{target}: found one file as source and target, expected two; {hint}")
+    try:
+        table = pd.read_csv(target, header=None, dtype=str, keep_default_na=False)
+        is_split = table.shape[1] == 2 and set(table[1]) <= {TRAIN, VAL, TEST, ""}
+    except (OSError, ValueError):
+        is_split = False
+    if not is_split:
+        raise InputError(f"{target}: found a file that is no split, expected a new file or a split; {hint}")
 
 
 def read_context(pairs: Sequence[str]) -> dict[str, str]:

@@ -315,4 +315,4 @@ def test_read_h5ad_reports_what_is_wrong_with_a_file(tmp_path):
     assert "found an HDF5 file with 'matrix' but without 'obs' and 'var'" in sentence("other.h5ad")
     with h5py.File(path, "r+") as file:
         del file["X/indptr"]
-    assert "found content that cannot be read" in sentence("screen.h5ad")
+    assert "found a sparse X without 'indptr'" in sentence("screen.h5ad")
