@@ -19,6 +19,8 @@ from primeflow_perturbench.labels import raw_parts, split_label
 
 # Values held in memory at once while a matrix is scanned: 32 MB of float64.
 CHUNK_VALUES = 2**22
+# Column indices held in memory at once: 2 MB of int64.
+CHUNK_INDICES = 2**18
 # log1p of counts per million stays below 14. Counts of a cell soon exceed 20, normalized counts 30.
 LEAST_COUNT_MAXIMUM = 20
 LEAST_UNLOGGED_MAXIMUM = 30
@@ -373,8 +375,8 @@ def _bad_structure(file: h5py.File, name: str) -> str | None:
     valid = len(pointers) == n_outer + 1 and pointers[0] == 0 and pointers[-1] == n_values
     if not valid or (pointers[1:] < pointers[:-1]).any():
         return f"row pointers (indptr) of {name} that do not divide its {n_values} values into {n_outer} parts"
-    for start in range(0, n_values, CHUNK_VALUES):
-        chunk = indices[start : start + CHUNK_VALUES]
+    for start in range(0, n_values, CHUNK_INDICES):
+        chunk = indices[start : start + CHUNK_INDICES]
         wrong = chunk[(chunk < 0) | (chunk >= n_inner)]
         if len(wrong):
             return f"index {wrong[0]} in {name}, whose indices go from 0 to {n_inner - 1}"

@@ -31,6 +31,7 @@ from primeflow_perturbench.data.checks import (
     check_names,
     read_h5ad,
     require,
+    require_h5ad,
 )
 from primeflow_perturbench.data.counts import Counts
 from primeflow_perturbench.data.gene_choice import Conditions, gene_statistics, highly_variable
@@ -167,6 +168,7 @@ def _check_settings(source: Path, target: Path, n_top_genes: int, n_de_genes: in
 
 def _open(source: Path) -> tuple[h5py.File, pd.DataFrame, pd.DataFrame]:
     """Open an h5ad file and read ``obs`` and ``var``. The backed mode of anndata would read whole layers as well."""
+    require_h5ad(source)
     try:
         file = h5py.File(source, "r")
         obs, var = read_elem(file["obs"]), read_elem(file["var"])

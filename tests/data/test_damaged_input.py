@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from primeflow_perturbench.data.checks import check_labels, read_h5ad
+from primeflow_perturbench.data.preprocess import preprocess
 from primeflow_perturbench.data.splits import write_split
 from primeflow_perturbench.errors import InputError
 
@@ -37,6 +38,14 @@ def test_a_sparse_matrix_that_points_outside_is_refused(screen, backed, member, 
         file["X"][member][position] = value
     with pytest.raises(InputError, match=message):
         read_h5ad(screen, backed=backed)
+
+
+def test_preprocess_refuses_such_a_matrix_and_writes_nothing(screen, tmp_path):
+    with h5py.File(screen, "r+") as file:
+        file["X/indices"][0] = 4000
+    with pytest.raises(InputError, match="index 4000 in X"):
+        preprocess(screen, tmp_path / "target.h5ad")
+    assert [path.name for path in tmp_path.iterdir()] == ["screen.h5ad"]
 
 
 def test_a_sound_sparse_matrix_is_read(screen):
