@@ -7,7 +7,6 @@ from typing import Any
 import anndata as ad
 import pandas as pd
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from primeflow_perturbench.calibration import training_cells
@@ -33,6 +32,7 @@ from primeflow_perturbench.networks.preconditioning import GaussianPreconditioni
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.load import load_model
 from primeflow_perturbench.pretrained.save import save_model
+from primeflow_perturbench.pretrained.settings import as_plain, built, store_settings
 from primeflow_perturbench.sampling.batch_size import BatchSize
 from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
 from primeflow_perturbench.sampling.sample import sample_conditions
@@ -100,6 +100,8 @@ class PRiMeFlow(PerturbationModel):
         lr_scheduler: Mapping[str, Any] | None = None,
         seed: int | None = 0,
     ):
+        # A checkpoint stores objects as plain values.
+        network, conditions, space, objective, sampler = map(built, (network, conditions, space, objective, sampler))
         objective, sampler = objective or Objective(), sampler or SamplingSettings()
         if objective.source == "control" and sampler.control_start is not None:
             raise InputError("control_start encodes control cells for a Gaussian source: set source=gaussian")
@@ -285,16 +287,12 @@ class PRiMeFlow(PerturbationModel):
         return load_model(cls, name, revision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is learned without gradients."""
+        """Save what is learned without gradients, and the settings as plain values."""
         super().on_save_checkpoint(checkpoint)
+        store_settings(checkpoint)
         training_cells.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what is learned without gradients."""
         super().on_load_checkpoint(checkpoint)
         training_cells.restore(self, checkpoint)
-
-
-def as_plain(value: Any) -> Any:
-    """Configuration nodes as dictionaries and lists; anything else unchanged."""
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -1,6 +1,9 @@
 """Atomic writes, JSON and SHA-256 of files."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +32,18 @@ def test_replacing_keeps_the_previous_file_after_an_error(tmp_path):
         write_half()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    here, other = f".{{}}.{os.uname().nodename}-{{}}.part", ".a.another-machine-{}.part"
+    names = [here.format("a", killed.pid), here.format("b", os.getpid()), other.format(killed.pid), ".mine.part"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    with replacing(tmp_path / "c") as temporary:
+        temporary.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "c"])
 
 
 def test_write_json_can_be_read_back(tmp_path):

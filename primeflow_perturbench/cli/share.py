@@ -17,9 +17,12 @@ def parse() -> argparse.Namespace:
         "primeflow predict ckpt_path=FOLDER, or the Hugging Face Hub.",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a run, such as runs/NAME/checkpoints/last.ckpt")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", dest="folder", type=Path, required=True, help="folder to write")
     parser.add_argument("--license", help="identifier of the model's license, such as bsd-3-clause")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder of a shared model")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="load any object in the checkpoint, which can execute code"
+    )
     return parser.parse_args()
 
 
@@ -30,13 +33,19 @@ def main() -> None:
 
     def work() -> None:
         quieten_lightning()
-        share_checkpoint(chosen.checkpoint, chosen.output, chosen.overwrite, chosen.license)
-        console.print(f"The model is in {chosen.output}", highlight=False, soft_wrap=True, markup=False)
+        share_checkpoint(**vars(chosen))
+        console.print(f"The model is in {chosen.folder}", highlight=False, soft_wrap=True, markup=False)
 
     answering(work)
 
 
-def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, license: str | None = None) -> None:
+def share_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    overwrite: bool = False,
+    license: str | None = None,
+    trust_checkpoint: bool = False,
+) -> None:
     """Write the model of a checkpoint as a folder, with the data and metrics of its run.
 
     Parameters
@@ -45,23 +54,26 @@ def share_checkpoint(checkpoint: Path, folder: Path, overwrite: bool = False, li
         Checkpoint of a run; its averaged weights are used if there are any.
     folder, overwrite, license
         As for `pretrained.save.save_model`.
+    trust_checkpoint
+        Whether to unpickle objects of any class, which can execute code.
 
     Raises
     ------
-    InputError
+    InputError, DataError
         If the checkpoint is missing or not a PRiMeFlow model, or the folder cannot be replaced.
     """
     from primeflow_perturbench.errors import InputError
     from primeflow_perturbench.model import PRiMeFlow
-    from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint
+    from primeflow_perturbench.pretrained.checkpoint import build_model, config_beside, read_checkpoint
 
     if checkpoint.is_dir():
         raise InputError(f"{checkpoint} is a folder, expected a checkpoint; a shared model can be copied as it is")
-    if "primeflow" not in read_checkpoint(checkpoint):
+    content = read_checkpoint(checkpoint, trust_checkpoint)
+    if "primeflow" not in content:
         raise InputError(
             f"{checkpoint} is not a PRiMeFlow model, and only PRiMeFlow can be shared; give another checkpoint"
         )
-    model = PRiMeFlow.load_from_checkpoint(checkpoint, evaluation=None, map_location="cpu", weights_only=False)
+    model = build_model(PRiMeFlow, checkpoint, content)
     run = config_beside(checkpoint).parent
     model.save_pretrained(folder, overwrite=overwrite, license=license, data=run_data(run), metrics=run_metrics(run))
 

@@ -3,33 +3,36 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.perturbench.backend import load_embedded
 from primeflow_perturbench.pretrained.load import read_folder
 
+DataError = load_embedded("errors.DataError")
+load_checkpoint = load_embedded("modelcore.checkpoints.load_checkpoint")
+build_model = load_embedded("modelcore.checkpoints.build_model")
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+
+def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
     """Content of a checkpoint, with its weights left on disk until they are used, or of a shared model's folder.
+
+    ``trust`` unpickles objects of any class, which can execute code.
 
     Raises
     ------
     InputError
-        If the file is missing or no checkpoint of a perturbation model.
+        If the folder is not a shared model, or the file is missing, no checkpoint of a perturbation model or needs
+        trust.
     """
     if path.is_dir():
         shared = read_folder(path)
         record = {"train_context": shared.config["context"]}
         return {"hyper_parameters": shared.arguments, "training_record": record, "primeflow": shared.config["learned"]}
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}; give ckpt_path=PATH of a trained model")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        checkpoint["training_record"]["train_context"], checkpoint["hyper_parameters"]
-    except Exception as error:  # unpickling a foreign file can raise anything
-        raise InputError(f"{path} is not a checkpoint of a perturbation model, or is cut short") from error
-    return checkpoint
+        return load_checkpoint(path, trust, mmap=True)
+    except DataError as error:
+        raise InputError(str(error)) from error
 
 
 def run_settings(checkpoint: Path) -> DictConfig:

@@ -15,7 +15,10 @@ from primeflow_perturbench.expression.space import GeneSpace, PCASpace
 from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.networks.description import shareable_modules
+from primeflow_perturbench.perturbench.backend import load_embedded
 from primeflow_perturbench.sampling.settings import SamplingSettings
+
+store_plain = load_embedded("modelcore.checkpoints.store_plain")
 
 TARGET = "_target_"
 # Paths of files on the machine of the training.
@@ -32,8 +35,7 @@ def to_json(name: str, value: Any) -> Any:
     InputError
         If the value, or a part of it, is neither plain nor a class that can be shared.
     """
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
+    value = as_plain(value)
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
@@ -53,6 +55,31 @@ def to_json(name: str, value: Any) -> Any:
         )
     settings = {key: to_json(key, given.get(key, default)) for key, default in _defaults(target).items()}
     return {TARGET: path, **settings}
+
+
+def built(value: Any) -> Any:
+    """The object of a setting that a checkpoint holds as plain values; any other value as it is."""
+    return from_json(value, "the settings of the model")
+
+
+def store_settings(checkpoint: dict[str, Any]) -> None:
+    """Replace the settings of a `PRiMeFlow` in a checkpoint by plain values.
+
+    Classes that this package does not know stay; a checkpoint with one loads only where it is trusted.
+    """
+
+    def convert(name: str, value: Any) -> Any:
+        try:
+            return to_json(name, value)
+        except InputError:
+            return value
+
+    store_plain(checkpoint, convert)
+
+
+def as_plain(value: Any) -> Any:
+    """Configuration nodes as dictionaries and lists; anything else unchanged."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def from_json(value: Any, where: str) -> Any:

@@ -20,10 +20,12 @@ from primeflow_perturbench.conditions.embedding_tables import read_tables
 from primeflow_perturbench.conditions.table import Conditions, encode_conditions, read_table
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, challenge_settings
-from primeflow_perturbench.model import PRiMeFlow, as_plain
+from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.perturbench.backend import load
-from primeflow_perturbench.pretrained.checkpoint import config_beside, read_checkpoint, run_settings
-from primeflow_perturbench.pretrained.load import build_model, read_folder
+from primeflow_perturbench.pretrained.checkpoint import build_model, config_beside, read_checkpoint, run_settings
+from primeflow_perturbench.pretrained.load import build_model as build_shared
+from primeflow_perturbench.pretrained.load import read_folder
+from primeflow_perturbench.pretrained.settings import as_plain, built
 from primeflow_perturbench.sampling.generate import detection_limit
 from primeflow_perturbench.sampling.sampler import Block
 from primeflow_perturbench.sampling.settings import SamplingSettings
@@ -72,7 +74,7 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
         If the checkpoint, the table or a setting is invalid.
     """
     path = Path(cfg.ckpt_path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, bool(cfg.trust_checkpoint))
     run = run_settings(path)
     with open_dict(cfg):
         cfg.precision = cfg.precision or OmegaConf.select(run, "trainer.precision") or best_precision()
@@ -81,7 +83,7 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
     output, device, precision = check_output(cfg), choose_device(cfg.trainer.accelerator), str(cfg.trainer.precision)
     at_precision = autocast(device, precision)
     challenge = challenge_settings(cfg, run)
-    model = load_model(cfg, path, checkpoint["hyper_parameters"]).to(device)
+    model = load_model(cfg, path, checkpoint).to(device)
     conditions = read_conditions(cfg, run, checkpoint, challenge["control_cells"], model)
     context = checkpoint["training_record"]["train_context"]
     challenge_output = ChallengeOutput.of(challenge, context, conditions.obs[context["perturbation_key"]], model)
@@ -173,18 +175,18 @@ def read_perturbation_embeddings(
     return embeddings
 
 
-def load_model(cfg: DictConfig, path: Path, hyper_parameters: Mapping[str, Any]) -> PRiMeFlow:
+def load_model(cfg: DictConfig, path: Path, checkpoint: Mapping[str, Any]) -> PRiMeFlow:
     """The checkpoint's model in evaluation mode, with the sampling settings that ``cfg`` changes."""
     settings = OmegaConf.to_container(cfg.model)
     if unknown := [name for name in settings if name != "sampler"]:
         raise InputError(f"a prediction cannot change model.{unknown[0]}; it can change the settings of model.sampler")
-    sampler = hyper_parameters.get("sampler") or SamplingSettings()
+    sampler = built(checkpoint["hyper_parameters"].get("sampler")) or SamplingSettings()
     given: dict[str, Any] = {"sampler": sampler.change(settings["sampler"])}
     if cfg.seed is not None:
         given["seed"] = cfg.seed
     if path.is_dir():
-        return build_model(PRiMeFlow, read_folder(path), **given)
-    model = PRiMeFlow.load_from_checkpoint(path, evaluation=None, map_location="cpu", weights_only=False, **given)
+        return build_shared(PRiMeFlow, read_folder(path), **given)
+    model = build_model(PRiMeFlow, path, checkpoint, **given)
     if model.gene_names is None:
         raise InputError(f"{path} does not name its genes; train with a version of PerturBench that passes gene_names")
     return model.eval()

@@ -704,7 +704,8 @@ def test_sharing_a_checkpoint_keeps_averaged_weights_and_predictions(run, tmp_pa
 
 
 def test_only_primeflow_checkpoints_can_be_shared(tmp_path, monkeypatch, capsys):
-    torch.save({"training_record": {"train_context": {}}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
+    record = {"train_context": {"perturbation_uniques": [], "covariate_uniques": {}}}
+    torch.save({"training_record": record, "hyper_parameters": {}, "state_dict": {}}, tmp_path / "other.ckpt")
     for path, message in (
         (tmp_path / "other.ckpt", "is not a PRiMeFlow model"),
         (tmp_path, "is a folder"),

@@ -6,7 +6,8 @@ import hydra
 import lightning as L
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from .train import instantiate_all, load_record
+from .checkpoints import build_model, load_checkpoint
+from .train import instantiate_all, record_of
 
 
 def predict(cfg: DictConfig) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.get("seed") is not None:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-    record = load_record(cfg.ckpt_path)
+    checkpoint = load_checkpoint(cfg.ckpt_path, bool(cfg.get("trust_checkpoint", False)))
+    record = record_of(checkpoint)
     with open_dict(cfg):
         OmegaConf.update(cfg, "data.prediction.prediction_dataframe_path", cfg.prediction_dataframe_path)
         OmegaConf.update(cfg, "data.prediction.chunk_size", cfg.chunk_size)
@@ -32,7 +34,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     datamodule.use_training_record(record, record["gene_names"])
     datamodule.setup("predict")
     model_class = hydra.utils.get_class(cfg.model._target_)
-    model = model_class.load_from_checkpoint(cfg.ckpt_path, evaluation=None, map_location="cpu", weights_only=False)
+    model = build_model(model_class, cfg.ckpt_path, checkpoint)
     model.prediction_config = {"output_path": cfg.output_path}
     trainer = hydra.utils.instantiate(cfg.trainer, logger=False, callbacks=instantiate_all(cfg.get("callbacks")))
     trainer.predict(model, datamodule=datamodule, return_predictions=False)

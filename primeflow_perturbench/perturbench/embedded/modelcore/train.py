@@ -7,10 +7,10 @@ from typing import Any
 
 import hydra
 import lightning as L
-import torch
 from omegaconf import DictConfig
 
 from ..errors import DataError
+from .checkpoints import CheckpointIO, load_checkpoint, restore_record
 
 log = logging.getLogger(__name__)
 
@@ -21,32 +21,9 @@ def instantiate_all(config: Mapping[str, Any] | None) -> list[Any]:
     return [hydra.utils.instantiate(entry) for entry in entries if entry and "_target_" in entry]
 
 
-def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
-    """Load the checkpoint of a perturbation model.
-
-    Raises
-    ------
-    DataError
-        If the file is missing or is not the checkpoint of a perturbation model.
-    """
-    try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
-        record_of(checkpoint)
-    except FileNotFoundError as error:
-        raise DataError(f"checkpoint {ckpt_path}: no such file") from error
-    except Exception as error:  # unpickling another file can raise any error
-        raise DataError(f"{ckpt_path}: not a checkpoint of a perturbation model, or truncated") from error
-    return checkpoint
-
-
-def load_record(ckpt_path: str) -> dict[str, Any]:
-    """Training record and gene names of a checkpoint file; errors as in `load_checkpoint`."""
-    return record_of(load_checkpoint(ckpt_path))
-
-
 def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Training record and gene names of a checkpoint."""
-    return {**checkpoint["training_record"], "gene_names": checkpoint["hyper_parameters"].get("gene_names")}
+    return {**restore_record(checkpoint), "gene_names": checkpoint["hyper_parameters"].get("gene_names")}
 
 
 def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.LightningModule:
@@ -66,6 +43,16 @@ def build_model(cfg: DictConfig, datamodule: L.LightningDataModule) -> L.Lightni
         embedding_width=datamodule.embedding_width,
         perturbation_embedding_width=datamodule.perturbation_embedding_width,
         gene_names=datamodule.train_iterator.gene_names,
+    )
+
+
+def build_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """Build the trainer of ``cfg`` with these callbacks besides its own."""
+    return hydra.utils.instantiate(
+        cfg.trainer,
+        callbacks=[*instantiate_all(cfg.get("callbacks")), *callbacks],
+        logger=instantiate_all(cfg.get("logger")),
+        plugins=[CheckpointIO()],
     )
 
 
@@ -101,7 +88,8 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     datamodule = hydra.utils.instantiate(cfg.data)
     if finetune and ckpt_path is None:
         raise DataError("finetune=true starts from a trained model: give ckpt_path=PATH")
-    checkpoint = load_checkpoint(ckpt_path) if finetune or not cfg.train else None
+    trust = bool(cfg.get("trust_checkpoint", False))
+    checkpoint = load_checkpoint(ckpt_path, trust) if finetune or not cfg.train else None
     takes_over = finetune and cfg.train and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over")
     set_up(datamodule, None if takes_over or checkpoint is None else record_of(checkpoint))
     model = build_model(cfg, datamodule)
@@ -111,22 +99,20 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     elif finetune:
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-    trainer = hydra.utils.instantiate(
-        cfg.trainer,
-        callbacks=[*instantiate_all(cfg.get("callbacks")), *callbacks],
-        logger=instantiate_all(cfg.get("logger")),
-    )
+    trainer = build_trainer(cfg, callbacks)
     metrics: dict[str, Any] = {}
     if cfg.train:
         resume = None if finetune else ckpt_path
-        trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=False)
+        trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=not trust)
         metrics.update(trainer.callback_metrics)
     if cfg.test:
         best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
         tested = (best or None) if cfg.train else ckpt_path
         if cfg.train and tested is None:
             log.warning("No checkpoint was saved; the test uses the weights at the end of training.")
-        trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=False, verbose=False)
+        # A checkpoint that this run has written is trusted.
+        safely = not (cfg.train or trust)
+        trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=safely, verbose=False)
         metrics.update(trainer.callback_metrics)
     return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
 

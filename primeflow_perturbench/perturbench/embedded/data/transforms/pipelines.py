@@ -1,6 +1,7 @@
 """The transform of labels and matrices to the tensors that a model reads."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -66,6 +67,22 @@ class SingleCellPipeline:
                 )
             self._perturbation_rows = {name: row for row, name in enumerate(perturbation_embeddings.index)}
             self.perturbation_vectors = torch.tensor(perturbation_embeddings.to_numpy(np.float32))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors from which `from_state` rebuilds the pipeline."""
+        return {
+            "perturbation_uniques": self.perturbation_uniques,
+            "covariate_uniques": self.covariate_uniques,
+            "embedded": None if self.perturbation_vectors is None else list(self._perturbation_rows),
+            "vectors": self.perturbation_vectors,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The pipeline of a `state`."""
+        vectors = state["vectors"]
+        embeddings = None if vectors is None else pd.DataFrame(vectors.numpy(), index=state["embedded"])
+        return cls(state["perturbation_uniques"], state["covariate_uniques"], embeddings)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with tensors in place of labels and matrices."""

@@ -19,6 +19,7 @@ from ...analysis.benchmarks.evaluation import Evaluation
 from ...analysis.benchmarks.pipelines import EvaluationResult, run_pipelines
 from ...data.types import Batch
 from ...files import replacing
+from ..checkpoints import restore_record, store_plain
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,14 @@ class PerturbationModel(L.LightningModule, ABC):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the training record."""
+        """Save the training record, and the settings as plain values."""
         checkpoint["training_record"] = self.training_record
+        store_plain(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the training record."""
-        self.training_record = checkpoint.get("training_record", self.training_record)
+        if "training_record" in checkpoint:
+            self.training_record = restore_record(checkpoint)
 
     def predict_anndata(self, data_tuple: tuple[Batch, pd.DataFrame]) -> ad.AnnData:
         """Predict the cells of a batch; ``obs`` describes them."""
