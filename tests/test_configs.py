@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
 from primeflow_perturbench.sweeps.launch import values
+from primeflow_perturbench.training.setting_types import check_types
 
 CONFIGS = Path(primeflow_perturbench.configs.__file__).parent
 FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -180,6 +181,7 @@ def take_step(name: str, folder: Path, data: Path) -> None:
 
 def check_complete(cfg: DictConfig) -> None:
     assert not OmegaConf.missing_keys(cfg)
+    check_types(cfg)
     assert unknown_parameters(cfg) == []
 
 

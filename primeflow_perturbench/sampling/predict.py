@@ -41,6 +41,7 @@ from primeflow_perturbench.sampling.writer import (
     write_files,
 )
 from primeflow_perturbench.training.resolvers import best_precision
+from primeflow_perturbench.training.setting_types import check_types
 
 # Type of matrix products at each of Lightning's precisions; `None` keeps the type of the weights.
 PRECISIONS = {
@@ -73,6 +74,7 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
     InputError, DataError
         If the checkpoint, the table or a setting is invalid.
     """
+    check_types(cfg)
     path = Path(cfg.ckpt_path)
     checkpoint = read_checkpoint(path, bool(cfg.trust_checkpoint))
     run = run_settings(path)

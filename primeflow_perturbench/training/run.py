@@ -40,6 +40,7 @@ from primeflow_perturbench.training.reuse import (
     shares_training,
     with_shared_training,
 )
+from primeflow_perturbench.training.setting_types import check_types
 
 # Exit status of a program that SIGINT ended.
 INTERRUPTED = 130
@@ -110,6 +111,7 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
 def check_settings(cfg: DictConfig) -> None:
     """Raise `InputError` for what can be known to fail before anything is read."""
     check_backend()
+    check_types(cfg)
     if not cfg.test:
         return
     if reads_atlas(cfg):

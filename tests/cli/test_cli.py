@@ -251,7 +251,7 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "train=false tests a trained model: give ckpt_path=PATH" in sentence("train=false")
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
     assert "not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")
-    assert "PRiMeFlow has no setting gidance" in sentence("+model.gidance=2")
+    assert "PRiMeFlow has no setting 'gidance'" in sentence("+model.gidance=2")
     assert "unknown reference" in sentence("references=[magic]")
     assert "unknown metric of shape 'magic'" in sentence("shape=[magic]")
 

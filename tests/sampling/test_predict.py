@@ -345,7 +345,7 @@ def test_bad_input_raises_before_anything_is_written(run, tmp_path):
     assert "there is no table of conditions" in error_of(last(run), tmp_path / "absent.csv", out)
     assert "give a folder" in error_of(last(run), table, f"{out}.h5ad", "per_condition=true")
     assert "unknown solver 'leapfrog'" in error_of(last(run), table, out, "model.sampler.solver.method=leapfrog")
-    assert "unexpected keyword argument 'step'" in error_of(last(run), table, out, "+model.sampler.solver.step=3")
+    assert "did you mean 'steps'?" in error_of(last(run), table, out, "+model.sampler.solver.step=3")
     assert "cannot change model.lr" in error_of(last(run), table, out, "+model.lr=1")
     assert "guidance must be at least 0" in error_of(last(run), table, out, "model.sampler.guidance=-1")
     assert "n_cells must be a positive whole number" in error_of(last(run), table, out, "n_cells=0")
