@@ -7,8 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.logging import RichHandler
+from primeflow_perturbench.console import PlainConsole, flagged
 
 # The launcher of this process: the first process of a run, torchrun or srun.
 PARENT = os.getppid()
@@ -28,11 +27,22 @@ def is_first() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def make_console() -> Console:
+class LogPrinter(logging.Handler):
+    """Prints log messages on a console."""
+
+    def __init__(self, console: PlainConsole):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        self.console.print(self.format(record))
+
+
+def make_console() -> PlainConsole:
     """Console that only the first process prints to; log messages are printed on it without decoration."""
-    console = Console(quiet=not is_first())
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    console = PlainConsole(quiet=not is_first())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogPrinter(console)], force=True)
     warnings.filterwarnings("ignore")
     return console
 
@@ -74,7 +84,7 @@ def answering(work: Callable[[], object]) -> None:
             raise
         if is_first():
             message = "Another process of this run has ended, so this one ends too."
-            Console(stderr=True).print(message, soft_wrap=True)
+            PlainConsole(stderr=True).print(message)
         sys.exit(1)
 
 
@@ -89,5 +99,5 @@ def exit_with_error(message: str) -> None:
             time.sleep(0.2)
             if os.getppid() != PARENT:
                 sys.exit(2)
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {message}", highlight=False, soft_wrap=True)
+    PlainConsole(stderr=True).print(flagged("error", message))
     sys.exit(2)

@@ -140,7 +140,7 @@ def _download(chosen: argparse.Namespace, console: Console) -> None:
         table, problem = dataset_table(chosen.folder, chosen.revision)
         console.print(table)
         if problem:
-            console.print(f"No sizes: {problem}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"No sizes: {problem}")
         return
     if not chosen.names:
         raise InputError("primeflow data download: found no names, expected data sets or all; --list shows them")
@@ -185,18 +185,17 @@ def _check(chosen: argparse.Namespace, console: Console) -> None:
 
 def _report(console: Console, file: str, table: Table, errors: Sequence[str], warnings: Sequence[str]) -> None:
     """Print a table, its messages and whether a model can train on the file; exit if it cannot."""
-    from primeflow_perturbench.data.check_report import STYLES
+    from primeflow_perturbench.console import flagged
     from primeflow_perturbench.errors import counted
 
     console.print(table)
     for level, messages in (("error", errors), ("warning", warnings)):
         for message in messages:
-            console.print(f"{level}: ", style=STYLES[level], end="")
-            console.print(message, highlight=False, markup=False, soft_wrap=True)
+            console.print(flagged(level, message))
     outcome = f"will not train: {counted(errors, 'error')}" if errors else "will train"
     if warnings and not errors:
         outcome += f", with {counted(warnings, 'warning')}"
-    console.print(f"{file} {outcome}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{file} {outcome}", style="bold")
     if errors:
         sys.exit(WILL_NOT_TRAIN)
 

@@ -55,6 +55,6 @@ def main() -> None:
             models=arguments.models,
         )
         page = make_report(arguments.runs, arguments.output, options, console)
-        console.print(f"Tables and figures are beside the page, {page}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Tables and figures are beside the page, {page}")
 
     answering(work)

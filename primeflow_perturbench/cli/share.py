@@ -34,7 +34,7 @@ def main() -> None:
     def work() -> None:
         quieten_lightning()
         share_checkpoint(**vars(chosen))
-        console.print(f"The model is in {chosen.folder}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"The model is in {chosen.folder}")
 
     answering(work)
 

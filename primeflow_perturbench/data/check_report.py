@@ -9,12 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from primeflow_perturbench.console import STYLES
 from primeflow_perturbench.data.checks import Finding
 from primeflow_perturbench.labels import split_label
 
 # Number of cells, or genes of a column-compressed matrix, in the sample of the expression.
 SAMPLE = 1000
-STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def check_table(

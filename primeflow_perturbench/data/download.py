@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.data.archives import gunzip, untar
 from primeflow_perturbench.errors import InputError, first_line, nearest
 from primeflow_perturbench.files import file_hash, write_json
@@ -135,7 +136,7 @@ def download(
     """
     files = _files(names)
     folder = data_folder() if folder is None else Path(folder)
-    console = console or Console(quiet=True)
+    console = console or PlainConsole(quiet=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / BUSY, timeout=0):
@@ -198,7 +199,7 @@ def _download(
     names: Sequence[str], lock: Lock, revision: str | None, force: bool, keep: bool, console: Console
 ) -> None:
     def report(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line)
 
     if not force:
         for name in filter(lock.has, names):

@@ -19,10 +19,10 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.io import read_elem
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
 from primeflow_perturbench import __version__
+from primeflow_perturbench.console import flagged
 from primeflow_perturbench.data.checks import (
     Finding,
     check_columns,
@@ -223,7 +223,7 @@ def _warn(finding: Finding, console: Console | None) -> None:
     if console is None:
         warnings.warn(finding.sentence, stacklevel=3)
     else:
-        console.print(f"[yellow]warning:[/yellow] {escape(finding.sentence)}", highlight=False)
+        console.print(flagged("warning", finding.sentence))
 
 
 def _write_matrices(target: Path, source: h5py.File, counts: Counts, chosen: np.ndarray, progress: Progress) -> None:

@@ -68,8 +68,8 @@ def write_split(
         for name in (TRAIN, VAL, TEST, UNUSED):
             labels = obs.loc[(split == name).to_numpy(), perturbation_key].astype(str)
             n_perturbations = labels[labels != control].nunique()
-            console.print(f"{name}: {len(labels):,} cells, {n_perturbations:,} perturbations", highlight=False)
-        console.print(f"The split is in {target}", highlight=False, soft_wrap=True)
+            console.print(f"{name}: {len(labels):,} cells, {n_perturbations:,} perturbations")
+        console.print(f"The split is in {target}")
 
 
 def _check_target(file: str | Path, target: Path) -> None:

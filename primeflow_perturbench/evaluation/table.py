@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 # Metric key -> (heading, whether higher is better).
 COLUMNS = {
@@ -78,6 +79,6 @@ def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = U
         for key in shown:
             value = summary.loc[key, model]
             text = "–" if pd.isna(value) else f"{value:.3f}"
-            cells.append(f"[bold]{text}[/bold]" if model in competing and value == best[key] else text)
-        table.add_row(model.replace("_", " "), *cells, end_section=model == summary.columns[0])
+            cells.append(Text(text, "bold" if model in competing and value == best[key] else ""))
+        table.add_row(Text(model.replace("_", " ")), *cells, end_section=model == summary.columns[0])
     return table

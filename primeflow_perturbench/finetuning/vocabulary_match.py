@@ -124,4 +124,4 @@ class ReportFinetuning(L.Callback):
             return
         write_json(self.folder / REPORT, report)
         for line in report_lines(report):
-            self.console.print(f"Finetuning, {line}", highlight=False, markup=False, soft_wrap=True)
+            self.console.print(f"Finetuning, {line}")

@@ -18,6 +18,7 @@ import jinja2
 import pandas as pd
 from rich.console import Console
 
+from primeflow_perturbench.console import flagged
 from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.references import REFERENCES
 from primeflow_perturbench.evaluation.table import METRICS_NOTE, UNRANKED, heading
@@ -243,8 +244,7 @@ def make_report(paths: Iterable[str | Path], output: str | Path, options: Report
     collection = collect(paths)
     for run in collection.excluded:
         if run.state == UNFINISHED:
-            console.print("[yellow]warning:[/yellow] left out:", end=" ")
-            console.print(run.reason, highlight=False, markup=False, soft_wrap=True)
+            console.print(flagged("warning", f"left out: {run.reason}"))
     references = tables.reference_scores(collection.runs)
     data = collection.runs[0].record["data"]
     published = tables.published_rows(options.published, data["file"])
@@ -549,7 +549,7 @@ def cell_blocks(run: Run, folder: Path, options: ReportOptions, console: Console
     # Cells are read only for figures that are not drawn yet, and once for all figures of a condition.
     read = lru_cache(maxsize=1)(cells.of)
     for condition in conditions:
-        console.print(f"Drawing {run.label}, {condition}", highlight=False, markup=False)
+        console.print(f"Drawing {run.label}, {condition}")
         inputs = [cells.predicted_hash, run.record["data"]["sha256"], run.record["split"]["sha256"], condition]
         drawn: list[Block] = []
         try:

@@ -93,13 +93,8 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
     with at_precision:
         files = generate_to_disk(model, conditions, output, precision, console, cfg.per_condition, challenge_output)
     size = decimal(sum(file.stat().st_size for file in files))
-    report(console, f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
+    console.print(f"{conditions.counts.sum():,} cells of {len(conditions):,} conditions are in {output} ({size})")
     return output
-
-
-def report(console: Console, sentence: str) -> None:
-    """Print a sentence without wrapping or highlighting it, because it may contain a path."""
-    console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
 def check_output(cfg: DictConfig) -> Path:
@@ -242,7 +237,7 @@ def generate_to_disk(
     rows = not_written(output, obs, counts, records)
     if len(rows) < len(obs):
         done = f"{len(obs) - len(rows):,} of {len(obs):,} conditions"
-        report(console, f"{done} are in {output} from an earlier run and are kept")
+        console.print(f"{done} are in {output} from an earlier run and are kept")
     blocks = with_progress(challenge_output.stream(model, condition[rows], counts[rows], rows), counts[rows], console)
     write_files(output, numbered(blocks, rows), obs, counts, genes, records)
     return [output / name for name in file_names(obs)]
@@ -299,5 +294,5 @@ def predict_from_controls(cfg: DictConfig, run: DictConfig, console: Console) ->
         cfg.seed = run.get("seed") if cfg.seed is None else cfg.seed
     load("modelcore.predict.predict")(cfg)
     output = Path(cfg.output_path)
-    report(console, f"Predicted cells are in {output}")
+    console.print(f"Predicted cells are in {output}")
     return output

@@ -24,6 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from primeflow_perturbench.errors import InputError, with_nearest
 from primeflow_perturbench.sweeps.trials import FAILED, FINISHED, TRIAL, TrialRecord, read_record
@@ -110,10 +111,10 @@ def sweep(arguments: Sequence[str], output: Path, console: Console, dry_run: boo
     for multirun in multiruns:
         if dry_run:
             shown = ["primeflow", "train", "--multirun", *multirun.arguments(output, command), *multirun.hydra]
-            console.print(shlex.join(shown), highlight=False, markup=False, soft_wrap=True)
+            console.print(shlex.join(shown))
             continue
         title = f"{multirun.name}: {multirun.question}" if multirun.question else multirun.name
-        console.print(title, highlight=False, markup=False)
+        console.print(title)
         run(multirun, output, command)
     return 0 if dry_run else report(multiruns, output, command, console)
 
@@ -342,21 +343,21 @@ def report(multiruns: Sequence[Multirun], output: Path, command: str, console: C
         table.add_column(name, justify="right")
     for folder, record in trials.items():
         numbers = [f"{scores[folder][name]:.4g}" if name in scores.get(folder, ()) else "" for name in names]
-        status = f"[{STYLES.get(record.status, 'yellow')}]{record.status}[/]"
+        status = Text(record.status, STYLES.get(record.status, "yellow"))
         table.add_row(record.sweep, record.label, str(record.seed), status, *numbers)
     console.print(table)
     failed = {folder: record for folder, record in trials.items() if record.status != FINISHED}
     for folder, record in failed.items():
         message = f"{record.status}: {folder}: {record.error or 'its process ended'}"
-        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(message, style="red")
     if failed:
         console.print("The same command runs them again.")
     for best in (folder / "optimization_results.yaml" for folder in folders):
         if best.is_file():
-            console.print(f"The best settings of the search are in {best}.", highlight=False, soft_wrap=True)
+            console.print(f"The best settings of the search are in {best}.")
     if scores:
         shown = shlex.join(["primeflow", "leaderboard", *map(str, folders)])
-        console.print(shown, highlight=False, markup=False, soft_wrap=True)
+        console.print(shown)
     return len(failed)
 
 

@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.errors import InputError, first_line, quoted
 from primeflow_perturbench.files import write_json
 from primeflow_perturbench.training import resolvers
@@ -180,7 +181,7 @@ def _attempt(record: TrialRecord, folder: Path, work: Callable[[Console], float 
     record.attempts, record.status = record.attempts + 1, RUNNING
     write_json(folder / TRIAL, asdict(record))
     with (folder / "log.txt").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        console = Console(file=log, width=120)
+        console = PlainConsole(file=log, width=120)
         try:
             return work(console)
         except Exception as error:

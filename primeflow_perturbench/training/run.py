@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from primeflow_perturbench.console import flagged
 from primeflow_perturbench.data.atlas.module import NO_TEST
 from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
@@ -100,7 +101,7 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     record["peak_memory"] = peak_memory()
     record["checkpoint"] = saved_checkpoint(done["trainer"], folder)
     write_json(folder / "environment.json", record)
-    console.print(costs(record), highlight=False)
+    console.print(costs(record))
     summary = score_run(cfg, cells.to_memory(), type(done["model"]).__name__, console) if cfg.test else None
     # Last, because the digest marks the run as finished.
     write_json(folder / "environment.json", record | {"settings": digest})
@@ -143,7 +144,7 @@ def open_cells(cfg: DictConfig, console: Console) -> ad.AnnData:
         findings = check_anndata(cells, filename=filename, **data_columns(cfg))
         for finding in findings:
             if finding.level == "warning":
-                console.print(f"[yellow]warning:[/yellow] {finding.sentence}", highlight=False)
+                console.print(flagged("warning", finding.sentence))
         require(findings)
     return cells
 

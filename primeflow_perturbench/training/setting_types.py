@@ -33,6 +33,7 @@ PLAIN: dict[str, Any] = {
     "finetune": Switch,
     "seed": int | None,
     "ckpt_path": str | None,
+    "trust_checkpoint": bool,
     "label": str | None,
     "references": list[str] | None,
     "shape": list[str] | None,

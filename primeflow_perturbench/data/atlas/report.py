@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from primeflow_perturbench.console import STYLES
 from primeflow_perturbench.data.atlas.cells import join, open_file
 from primeflow_perturbench.data.atlas.manifest import CONDITION, CONTROL, read_manifest
-from primeflow_perturbench.data.check_report import STYLES
 from primeflow_perturbench.errors import InputError
 
 

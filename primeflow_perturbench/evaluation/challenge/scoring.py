@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from rich.console import Console
 from rich.table import Table
 
+from primeflow_perturbench.console import flagged
 from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.challenge.profiles import PERFECT, PREDICTION, PROFILES, ROWS, Profile, average
@@ -125,8 +126,7 @@ def evaluate_profile(
         table = score_rows(chosen, job, Path(folder), timeout, console)
     for row, reason in table.failures.items():
         if row != PREDICTION:
-            console.print(f"[yellow]warning:[/yellow] {chosen.name}, row {row!r}:", end=" ", highlight=False)
-            console.print(reason, highlight=False, markup=False)
+            console.print(flagged("warning", f"{chosen.name}, row {row!r}: {reason}"))
     if table.values:
         console.print(rich_table(table))
     if output is not None:
