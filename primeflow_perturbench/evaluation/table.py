@@ -79,6 +79,6 @@ def metrics_table(summary: pd.DataFrame, title: str, unranked: Sequence[str] = U
         for key in shown:
             value = summary.loc[key, model]
             text = "–" if pd.isna(value) else f"{value:.3f}"
-            cells.append(Text(text, "bold" if model in competing and value == best[key] else ""))
+            cells.append(Text.assemble((text, "bold" if model in competing and value == best[key] else "")))
         table.add_row(Text(model.replace("_", " ")), *cells, end_section=model == summary.columns[0])
     return table

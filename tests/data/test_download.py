@@ -15,8 +15,8 @@ import huggingface_hub
 import pytest
 from fake_hub import FIRST, SECOND
 from filelock import FileLock
-from rich.console import Console
 
+from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.data import archives
 from primeflow_perturbench.data import download as module
 from primeflow_perturbench.data.download import BUSY, DATASETS, LOCK, STAGING, download
@@ -84,7 +84,7 @@ def with_splits(hub, content) -> None:
 def test_data_set_is_downloaded_unpacked_and_recorded(hub, tmp_path):
     output = io.StringIO()
     folder = tmp_path / "new" / "folder"
-    download(["norman19"], folder, console=Console(file=output, width=30))
+    download(["norman19"], folder, console=PlainConsole(file=output, width=30))
     assert content_of(folder) == {"norman19_processed.h5ad": PLAIN}
     record = {"size": len(PACKED), "sha256": hashlib.sha256(PACKED).hexdigest(), "unpacked_size": len(PLAIN)}
     assert lock(folder) == {"repository": "altoslabs/perturbench", "revision": FIRST, "files": {CELLS: record}}
@@ -107,7 +107,7 @@ def test_second_download_contacts_the_hub_only_for_missing_files(hub, tmp_path):
     download(["jiang24"], tmp_path)
     before, output = content_of(tmp_path), io.StringIO()
     hub.requests.clear()
-    download(["jiang24"], tmp_path, console=Console(file=output))
+    download(["jiang24"], tmp_path, console=PlainConsole(file=output))
     assert hub.requests == []
     assert content_of(tmp_path) == before
     assert [line.split("/")[-1] for line in output.getvalue().splitlines()] == [
