@@ -247,7 +247,7 @@ def test_invalid_settings_end_a_run_with_one_sentence(tmp_path, monkeypatch, cap
     assert "condition_dropout must be at least 0" in sentence("model.objective.condition_dropout=1.5")
     assert "detection_limit must be" in sentence("model.sampler.detection_limit=magic")
     assert "unknown solver" in sentence("model.sampler.solver.method=leapfrog")
-    assert "checkpoint absent.ckpt: no such file" in sentence("train=false", "ckpt_path=absent.ckpt")
+    assert "there is no checkpoint absent.ckpt" in sentence("train=false", "ckpt_path=absent.ckpt")
     assert "train=false tests a trained model: give ckpt_path=PATH" in sentence("train=false")
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut short")
     assert "not a checkpoint" in sentence("train=false", f"ckpt_path={tmp_path / 'cut.ckpt'}")

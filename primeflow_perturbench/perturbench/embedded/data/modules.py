@@ -7,13 +7,25 @@ from typing import Any
 
 import anndata as ad
 import lightning as L
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ..errors import DataError
 from .cells import Keys
 from .datasets import CounterfactualWithReference, known_conditions
 from .datasplitter import PerturbationDataSplitter, write_split_csv
+from .identity import (
+    EARLIER,
+    Purpose,
+    categories,
+    check_leaks,
+    check_vocabulary,
+    compare,
+    hash_cells,
+    recorded_order,
+)
 from .loading import BatchLoader, EpochBatches
 from .types import Batch
 
@@ -110,12 +122,22 @@ class AnnDataLitModule(L.LightningDataModule):
         self.transform: Callable[[Batch], Batch] | None = None
         self.context: dict[str, Any] | None = None
         self.splits: pd.Series | None = None
+        self.cells: dict[str, Tensor] = {}
+        self._purpose: Purpose = "test"
+        self._record: Mapping[str, Any] | None = None
         self.train_iterator = self.val_iterator = self.test_iterator = self.predict_iterator = None
 
-    def use_training_record(self, record: Mapping[str, Any], gene_names: list[str] | None = None) -> None:
-        """Use the transform, context and genes of a checkpoint instead of those of the training cells."""
-        self.transform, self.context = record["transform"], record["train_context"]
-        self.features = gene_names
+    def use_training_record(
+        self, record: Mapping[str, Any], gene_names: list[str] | None = None, purpose: Purpose = "test"
+    ) -> None:
+        """Compare the data with the training record of a checkpoint, and use its transform, context and genes.
+
+        For the purpose "transfer" they are only compared.
+        """
+        self._purpose, self._record = purpose, record
+        if purpose != "transfer":
+            self.transform, self.context = record["transform"], record["train_context"]
+            self.features = gene_names
 
     @property
     def obs_df(self) -> pd.DataFrame:
@@ -171,26 +193,56 @@ class AnnDataLitModule(L.LightningDataModule):
             )
         return self.splits
 
-    def _cells_of(self, split: str) -> ad.AnnData:
-        return self.adata[(self._split() == split).to_numpy()]
+    def _cells_of(self, split: str, order: np.ndarray | None = None) -> ad.AnnData:
+        rows = np.flatnonzero((self._split() == split).to_numpy())
+        return self.adata[rows if order is None else rows[order]]
 
     def _setup_fit(self) -> None:
         splits = self._split()
-        train = self._cells_of("train")
         extra = {} if self.features is None else {"features": self.features}
-        self.train_iterator, context = self.factory(train, **extra)
+        self.train_iterator, context = self.factory(self._cells_of("train"), **extra)
+        if not self.filter_split_perturbations:
+            _, everything = self.factory(self.adata[splits.notna().to_numpy()], **extra)
+            for key in ("perturbation_uniques", "num_perturbations", "perturbation_counts"):
+                context[key] = everything[key]
         if self.context is None:
             self.context = context
-            if not self.filter_split_perturbations:
-                _, context = self.factory(self.adata[splits.notna().to_numpy()], **extra)
-                for key in ("perturbation_uniques", "num_perturbations", "perturbation_counts"):
-                    self.context[key] = context[key]
         self._drop_unknown()
-        self.val_iterator, _ = self.factory(self._cells_of("val"), **extra)
+        self.cells = hash_cells(self.adata.obs, self.keys, self.splits)
+        order = self._compare(context)
+        if order is not None:
+            self.train_iterator, _ = self.factory(self._cells_of("train", order["train"]), **extra)
+        self.val_iterator, _ = self.factory(self._cells_of("val", order and order["val"]), **extra)
         if self.transform is None:
             self.transform = self._build_transform()
         self.train_iterator.transform = self.val_iterator.transform = self.transform
         self._save_split()
+
+    def _compare(self, context: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        """Compare the data with the training record, and add the cells of earlier trainings to ``cells``.
+
+        Returns
+        -------
+        Positions, by split, that give training cells the order of the record; ``None`` if they have it.
+        """
+        if self._record is None:
+            return None
+        obs, labels = self.adata.obs, self.adata.obs[self.keys.perturbation].astype(str)
+        if self._purpose != "transfer":
+            used = categories(obs[self.splits.notna()], self.keys.covariates)
+            known = self._record["train_context"]
+            check_vocabulary(self._purpose, known, {**context, "covariate_uniques": used})
+        if self._purpose == "resume" and self.features and not self.factory.keywords.get("feature_filter_path"):
+            compare("genes", self.features, self.adata.var_names, both=True)
+        if (known := self._record.get("cells")) is None:
+            return None
+        if self._purpose == "resume":
+            order = recorded_order(known, self.cells, labels, self.splits)
+            self.cells = known
+            return order
+        check_leaks(known, self.cells, labels[self.splits == "test"], self.keys.control)
+        self.cells[EARLIER] = torch.cat([known["train"], *([known[EARLIER]] if EARLIER in known else [])])
+        return None
 
     def _drop_unknown(self) -> None:
         """Drop validation and test cells with perturbations that the vocabulary lacks."""

@@ -40,7 +40,7 @@ class CheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
             raise DataError(
-                f"the checkpoint {path} could not be written ({_first_line(error)}); free space on its disk, and go on "
+                f"the checkpoint {path} could not be written ({first_line(error)}); free space on its disk, and go on "
                 "from the last checkpoint"
             ) from error
 
@@ -111,7 +111,7 @@ def store_plain(checkpoint: dict[str, Any], convert: Callable[[str, Any], Any] =
     transform, context = record["transform"], plain(record["train_context"])
     if isinstance(transform, SingleCellPipeline):
         transform = transform.state()
-    checkpoint["training_record"] = {"transform": plain(transform), "train_context": context}
+    checkpoint["training_record"] = {**record, "transform": plain(transform), "train_context": context}
     if (settings := checkpoint.get("hyper_parameters")) is not None:
         # The context is written once.
         known = dict.fromkeys(OF_THE_RUN) | {"context": context}
@@ -141,7 +141,7 @@ def build_model(cls: Any, path: str | Path, checkpoint: Mapping[str, Any], **cha
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
     except Exception as error:  # constructors given foreign settings can raise any error
-        raise DataError(f"{path} does not hold a model of class {cls.__name__}: {_first_line(error)}") from error
+        raise DataError(f"{path} does not hold a model of class {cls.__name__}: {first_line(error)}") from error
     return model
 
 
@@ -158,7 +158,8 @@ def plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The line of an error's message that says what is wrong."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # The first line of an error about weights only names the model.
     return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip().rstrip(".")

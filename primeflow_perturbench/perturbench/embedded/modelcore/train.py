@@ -9,8 +9,9 @@ import hydra
 import lightning as L
 from omegaconf import DictConfig
 
+from ..data.identity import Purpose, check_order
 from ..errors import DataError
-from .checkpoints import CheckpointIO, load_checkpoint, restore_record
+from .checkpoints import CheckpointIO, first_line, load_checkpoint, restore_record
 
 log = logging.getLogger(__name__)
 
@@ -82,27 +83,12 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     """
     if cfg.get("seed") is not None:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-    ckpt_path, finetune = cfg.get("ckpt_path"), bool(cfg.get("finetune", False))
-    if not cfg.train and ckpt_path is None:
-        raise DataError("train=false tests a trained model: give ckpt_path=PATH")
-    datamodule = hydra.utils.instantiate(cfg.data)
-    if finetune and ckpt_path is None:
-        raise DataError("finetune=true starts from a trained model: give ckpt_path=PATH")
-    trust = bool(cfg.get("trust_checkpoint", False))
-    checkpoint = load_checkpoint(ckpt_path, trust) if finetune or not cfg.train else None
-    takes_over = finetune and cfg.train and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over")
-    set_up(datamodule, None if takes_over or checkpoint is None else record_of(checkpoint))
-    model = build_model(cfg, datamodule)
-    check_compatible(model, datamodule)
-    if takes_over:
-        model.take_over(checkpoint)
-    elif finetune:
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
+    ckpt_path, trust = cfg.get("ckpt_path"), bool(cfg.get("trust_checkpoint", False))
+    datamodule, model = prepare(cfg)
     trainer = build_trainer(cfg, callbacks)
     metrics: dict[str, Any] = {}
     if cfg.train:
-        resume = None if finetune else ckpt_path
+        resume = None if cfg.get("finetune", False) else ckpt_path
         trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=not trust)
         metrics.update(trainer.callback_metrics)
     if cfg.test:
@@ -117,17 +103,66 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
 
 
-def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None) -> None:
-    """Prepare the training data, with the vocabularies of a checkpoint's training record if one is given."""
+def prepare(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule]:
+    """The data module, set up for training, and the model with what it takes from a checkpoint."""
+    ckpt_path, finetune = cfg.get("ckpt_path"), bool(cfg.get("finetune", False))
+    if not cfg.train and ckpt_path is None:
+        raise DataError("train=false tests a trained model: give ckpt_path=PATH")
+    if finetune and ckpt_path is None:
+        raise DataError("finetune=true starts from a trained model: give ckpt_path=PATH")
+    datamodule = hydra.utils.instantiate(cfg.data)
+    checkpoint = load_checkpoint(ckpt_path, bool(cfg.get("trust_checkpoint", False))) if ckpt_path is not None else None
+    purpose = "test" if not cfg.train else "finetune" if finetune else "resume"
+    if purpose == "finetune" and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over"):
+        purpose = "transfer"
+    set_up(datamodule, None if checkpoint is None else record_of(checkpoint), purpose)
+    model = build_model(cfg, datamodule)
+    check_compatible(model, datamodule)
+    if purpose == "transfer":
+        model.take_over(checkpoint)
+    elif checkpoint is not None:
+        load_weights(model, ckpt_path, checkpoint)
+    if hasattr(datamodule, "cells"):
+        model.training_record = {**model.training_record, "cells": datamodule.cells}
+    return datamodule, model
+
+
+def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None, purpose: Purpose) -> None:
+    """Prepare the training data, and compare them with the training record of a checkpoint if one is given.
+
+    For all purposes but "transfer", the data get the vocabularies of the record.
+    """
     ours = hasattr(datamodule, "use_training_record")
     if record is not None and ours:
-        datamodule.use_training_record(record, record["gene_names"])
+        datamodule.use_training_record(record, record["gene_names"], purpose)
     datamodule.setup("fit")
-    if record is not None and not ours:
-        datamodule.transform, datamodule.context = record["transform"], record["train_context"]
-        for iterator in (datamodule.train_iterator, datamodule.val_iterator, datamodule.test_iterator):
-            if iterator is not None:
-                iterator.transform = record["transform"]
+    if record is None or ours or purpose == "transfer":
+        return
+    if purpose == "resume":
+        genes, found = datamodule.train_iterator.gene_names, datamodule.context
+        check_order("genes", record["gene_names"] or genes, genes)
+        check_order("perturbations", record["train_context"]["perturbation_uniques"], found["perturbation_uniques"])
+        known, found = record["train_context"]["covariate_uniques"], found["covariate_uniques"]
+        check_order("covariates", known, found)
+        for name, categories in known.items():
+            check_order(f"categories of covariate {name!r}", categories or (), found[name] or ())
+        return
+    datamodule.transform, datamodule.context = record["transform"], record["train_context"]
+    for iterator in (datamodule.train_iterator, datamodule.val_iterator, datamodule.test_iterator):
+        if iterator is not None:
+            iterator.transform = record["transform"]
+
+
+def load_weights(model: L.LightningModule, ckpt_path: str, checkpoint: Mapping[str, Any]) -> None:
+    """Load the weights of a checkpoint; `DataError` if they are those of another model."""
+    try:
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # parts of another model can raise any error
+        raise DataError(
+            f"{ckpt_path} is not of the {type(model).__name__} of these settings: {first_line(error)}; use the model "
+            "settings of its run (config.yaml in its folder)"
+        ) from error
 
 
 def check_compatible(model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
