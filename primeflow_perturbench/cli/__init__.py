@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 
 COMMANDS = {
@@ -29,19 +30,33 @@ Settings of train and predict are Hydra overrides: --help lists them, --cfg job 
 
 def main() -> None:
     """Parse the subcommand and run its module."""
-    from primeflow_perturbench import __version__
+    from primeflow_perturbench.cli.common import TERMINATED, answering
 
-    parser = argparse.ArgumentParser(
+    # Raises, so that temporary files are removed. Lightning handles the signal while it trains.
+    if sys.argv[1:2] != ["train"]:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    answering(run)
+
+
+def run() -> None:
+    """Parse the subcommand and run its module."""
+    from primeflow_perturbench import __version__
+    from primeflow_perturbench.cli.common import Parser
+
+    parser = Parser(
         prog="primeflow",
         description="PRiMeFlow generates the cells that a perturbation would produce.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     chosen = parser.parse_args(sys.argv[1:2])
+    if chosen.command is None:
+        parser.print_help()
+        return
     module = importlib.import_module(f"primeflow_perturbench.cli.{chosen.command}")
     # Lightning's launcher starts further processes with `python argv[0] argv[1:]`, or with `python -m MODULE argv[1:]`
     # if the main module has a spec. Make the subcommand's file argv[0] and drop the spec, else the command gets lost.

@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from primeflow_perturbench.cli.common import answering, make_console
+from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, make_console
 
-# Exit statuses: the checked file has errors; the program was interrupted (SIGINT).
+# Exit status: the checked file has errors.
 WILL_NOT_TRAIN = 1
-INTERRUPTED = 130
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="primeflow data", description="Get and check data for training.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser = Parser(prog="primeflow data", description="Get and check data for training.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_download(commands)
     _add_check(commands)
     _add_preprocess(commands)
     _add_split(commands)
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.command is None:
+        parser.print_help()
+        sys.exit()
+    return chosen
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 
-from primeflow_perturbench.cli.common import answering, make_console
+from primeflow_perturbench.cli.common import Parser, answering, make_console
 
 
 def parse() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="primeflow evaluate",
         description="Score predicted cells against measured cells with PerturBench's metrics, or a challenge's.",
     )

@@ -2,12 +2,12 @@
 
 import argparse
 
-from primeflow_perturbench.cli.common import answering, make_console
+from primeflow_perturbench.cli.common import Parser, answering, make_console
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="primeflow leaderboard",
         description="Collect finished runs of one data set and split into tables (CSV, Markdown, LaTeX), statistics, "
         "figures and one page, report.html. An interrupted command continues where it stopped.",

@@ -1,13 +1,12 @@
 """``primeflow predict``: generate the conditions of a table with a trained model. A Hydra application."""
 
-import hydra
 from omegaconf import DictConfig
 
+from primeflow_perturbench.cli.application import run_application
 from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
 
 
-@hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="predict")
-def main(cfg: DictConfig) -> None:
+def predict(cfg: DictConfig) -> None:
     """Run what the settings say."""
     console = make_console()
 
@@ -18,6 +17,11 @@ def main(cfg: DictConfig) -> None:
         predict_run(cfg, console)
 
     answering(work)
+
+
+def main() -> None:
+    """Run the command."""
+    run_application(predict, "predict")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
+from primeflow_perturbench.cli.common import Parser, answering, make_console, quieten_lightning
 
 
 def parse() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="primeflow share",
         description="Write a trained model as a folder of tensors and JSON, for PRiMeFlow.from_pretrained, "
         "primeflow predict ckpt_path=FOLDER, or the Hugging Face Hub.",

@@ -1,14 +1,13 @@
 """``primeflow sweep``: many trainings by one command, which continues where it stopped."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-from primeflow_perturbench.cli.common import answering, make_console
+from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, make_console
 
-# Exit statuses: some trials failed; ended by SIGINT; ended by SIGTERM.
-SOME_FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+# Exit status: some trials failed.
+SOME_FAILED = 1
 
 EXAMPLES = """\
 examples:
@@ -24,7 +23,7 @@ The same command continues where it stopped: finished trials are not run again.
 
 def parse() -> argparse.Namespace:
     """Arguments of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="primeflow sweep",
         description="Run the trials of ablations, of an experiment, or one for each value of swept settings.",
         epilog=EXAMPLES,
@@ -41,8 +40,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the sweep and end with its status."""
     chosen, console = parse(), make_console()
-    # Raises here, so that the workers of the sweep end too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
     def work() -> None:
         from primeflow_perturbench.sweeps.launch import sweep

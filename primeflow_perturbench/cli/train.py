@@ -1,11 +1,11 @@
 """``primeflow train``: train, generate the held-out conditions and score them. A Hydra application."""
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from primeflow_perturbench.cli.application import run_application
 from primeflow_perturbench.cli.common import answering, make_console, quieten_lightning
 from primeflow_perturbench.sweeps.trials import objective_value, run_trial
 
@@ -19,14 +19,18 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     return objective_value(summary, cfg.objective) if summary is not None and cfg.get("objective") else None
 
 
-@hydra.main(version_base="1.3", config_path="pkg://primeflow_perturbench.configs", config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def application(cfg: DictConfig) -> float | None:
     """Run one training, or a trial of a multirun; a sweeper of Hydra receives the trial's objective."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_trial(cfg, train)
     console = make_console()
     answering(lambda: train(cfg, console))
     return None
+
+
+def main() -> None:
+    """Run the command."""
+    run_application(application, "train")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from primeflow_perturbench.errors import InputError, with_nearest
 from primeflow_perturbench.sweeps.trials import FAILED, FINISHED, TRIAL, TrialRecord, read_record
+from primeflow_perturbench.training.overrides import ERRORS, explain_override
 
 # The Hydra application that runs a trial.
 APPLICATION = ("-m", "primeflow_perturbench", "train")
@@ -140,8 +139,10 @@ def plan(arguments: Sequence[str]) -> list[Multirun]:
                 for experiment in ([None] if experiments is None else values(experiments))
                 for multirun in plan_experiment(experiment, names, given)
             ]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    except InputError:
+        raise
+    except ERRORS as error:
+        raise InputError(explain_override(error)) from error
 
 
 def plan_experiment(experiment: str | None, ablations: list[str], given: Mapping[str, Override]) -> list[Multirun]:
