@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import signal
 import sys
 
 COMMANDS = {
@@ -30,11 +29,11 @@ Settings of train and predict are Hydra overrides: --help lists them, --cfg job 
 
 def main() -> None:
     """Parse the subcommand and run its module."""
-    from primeflow_perturbench.cli.common import TERMINATED, answering
+    from primeflow_perturbench.cli.common import answering, exit_on_sigterm
 
-    # Raises, so that temporary files are removed. Lightning handles the signal while it trains.
+    # Lightning handles the signal while it trains.
     if sys.argv[1:2] != ["train"]:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        exit_on_sigterm()
     answering(run)
 
 

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -67,6 +68,11 @@ def make_console() -> PlainConsole:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogPrinter(console)], force=True)
     warnings.filterwarnings("ignore")
     return console
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM raise, so that temporary files are removed and child processes end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 def quieten_lightning() -> None:

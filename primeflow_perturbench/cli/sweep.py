@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, make_console
+from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, exit_on_sigterm, make_console
 
 # Exit status: some trials failed.
 SOME_FAILED = 1
@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the sweep and end with its status."""
     chosen, console = parse(), make_console()
+    exit_on_sigterm()
 
     def work() -> None:
         from primeflow_perturbench.sweeps.launch import sweep
