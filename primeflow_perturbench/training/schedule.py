@@ -3,17 +3,36 @@
 import inspect
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
+
+from primeflow_perturbench.errors import InputError
+
+
+class Schedule(LambdaLR):
+    """Learning rate of each group as a share of its peak, given the step.
+
+    A checkpoint stores the step alone, so that training that goes on with another length or peak follows those.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of a state, at the rates that this schedule has there."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._last_lr = self.get_lr()
+        for group, peak, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
 
 
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, final_fraction: float = 0.0
-) -> SequentialLR:
+) -> Schedule:
     """Linear warm-up to the optimizer's learning rate, then half a cosine down (Loshchilov and Hutter 2017).
 
     Parameters
@@ -29,31 +48,27 @@ def warmup_cosine(
 
     Raises
     ------
-    ValueError
-        If ``total_steps`` is not positive.
+    InputError
+        If a number of steps or the fraction is out of range.
     """
     if total_steps < 1:
-        raise ValueError(
+        raise InputError(
             f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total_steps}"
         )
+    if not warmup_steps >= 0:
+        raise InputError(f"model.lr_scheduler.conf.warmup_steps must be at least 0, got {warmup_steps}")
+    if not 0 <= final_fraction <= 1:
+        raise InputError(f"model.lr_scheduler.conf.final_fraction must be from 0 to 1, got {final_fraction}")
     warmup_steps = max(1, min(warmup_steps, total_steps // 10))
-    warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps)
-    falling = cosine(optimizer, max(1, total_steps - warmup_steps), final_fraction)
-    return SequentialLR(optimizer, [warmup, falling], milestones=[warmup_steps])
+    falling = max(1, total_steps - warmup_steps)
 
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (1 + step * (warmup_steps - 1) / warmup_steps) / warmup_steps
+        cosine = math.cos(math.pi * min(step - warmup_steps, falling) / falling)
+        return final_fraction + (1 - final_fraction) * (1 + cosine) / 2
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, final_fraction: float) -> LRScheduler:
-    """Half a cosine from the learning rate of each group to ``final_fraction`` of it, in ``steps`` steps."""
-    peaks = {group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-    if len(peaks) == 1:
-        return CosineAnnealingLR(optimizer, steps, eta_min=final_fraction * peaks.pop())
-    # PyTorch's schedule has one final rate for all groups.
-    return LambdaLR(optimizer, partial(share_of_peak, steps=steps, final_fraction=final_fraction))
-
-
-def share_of_peak(step: int, steps: int, final_fraction: float) -> float:
-    """Learning rate on a cosine as a share of its peak."""
-    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+    return Schedule(optimizer, share)
 
 
 def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, trainer: L.Trainer) -> dict[str, Any]:
@@ -71,16 +86,21 @@ def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
 
     Raises
     ------
-    ValueError
+    InputError
         If the schedule needs the number of steps and the run has no end.
     """
-    conf = config["conf"]
-    arguments = {argument: {"optimizer": optimizer}[name] for argument, name in config["dependencies"].items()}
+    conf, given = config.get("conf"), config.get("dependencies") or {}
+    if not callable(conf) or set(given.values()) != {"optimizer"}:
+        raise InputError(
+            "model.lr_scheduler needs conf, a partial of a scheduler, and dependencies {optimizer: optimizer}; omit it "
+            "with ~model/lr_scheduler for a constant learning rate"
+        )
+    arguments = dict.fromkeys(given, optimizer)
     takes_steps = "total_steps" in inspect.signature(conf).parameters
     if takes_steps and getattr(conf, "keywords", {}).get("total_steps") is None:
         steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
-            raise ValueError(
+            raise InputError(
                 "the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs"
             )
         arguments["total_steps"] = int(steps)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from builders import compose_config
-from rich.console import Console
 
+from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning, report_lines
 from primeflow_perturbench.model import PRiMeFlow
@@ -96,7 +96,7 @@ def genes_of(model):
 @pytest.fixture(scope="module")
 def finetuned(cells, pretrained, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("finetuned")
-    console = Console(file=(folder / "report.txt").open("w"), width=200)
+    console = PlainConsole(file=(folder / "report.txt").open("w"), width=200)
     report = ReportFinetuning(folder, console)
     done = run(folder, cells["context"], *finetune(pretrained, "trainer.max_steps=6"), callbacks=[report])
     console.file.close()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.training.schedule import build_schedule, warmup_cosine
 
 PEAK = 0.02
@@ -91,6 +92,47 @@ def test_a_restored_schedule_continues():
         assert again.param_groups[0]["lr"] == pytest.approx(whole[step])
         again.step()
         restored.step()
+
+
+@pytest.mark.parametrize(("total", "peak"), [(40, PEAK), (26, PEAK), (40, 3 * PEAK)])
+def test_a_restored_schedule_follows_the_length_and_the_rate_of_its_new_run(total, peak):
+    """Twelve steps of a run of twenty, then a run of another length or rate: no step depends on the first run."""
+
+    def start(length, rate):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return optimizer, warmup_cosine(optimizer, warmup_steps=4, total_steps=length)
+
+    optimizer, scheduler = start(20, PEAK)
+    for _ in range(12):
+        optimizer.step()
+        scheduler.step()
+    again, restored = start(total, peak)
+    again.load_state_dict(optimizer.state_dict())
+    restored.load_state_dict(scheduler.state_dict())
+    warmup = total // 10
+    for step in range(12, total + 1):
+        expected = closed_form(step, warmup, total) * peak / PEAK
+        assert again.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
+        assert restored.get_last_lr() == [again.param_groups[0]["lr"]]
+        again.step()
+        restored.step()
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"conf": None}, {"conf": warmup_cosine}, {"conf": warmup_cosine, "dependencies": {"a": "b"}}]
+)
+def test_an_incomplete_schedule_is_refused(config):
+    with pytest.raises(InputError, match="needs conf"):
+        build_schedule(config, torch.optim.SGD([torch.zeros(1)], lr=PEAK), SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"warmup_steps": -1}, "warmup_steps"), ({"warmup_steps": 1, "final_fraction": math.nan}, "final_fraction")],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        rates(1, total_steps=10, **settings)
 
 
 def test_the_schedule_warns_about_nothing():
