@@ -65,15 +65,15 @@ def data_module(folder: Path, batch: int):
     """The data module of a run on the files of `write_screen`, ready to train."""
     from primeflow_perturbench.perturbench.backend import load_embedded
 
-    names = ("datasets.SingleCellPerturbation", "modules.AnnDataLitModule", "transforms.pipelines.SingleCellPipeline")
-    SingleCellPerturbation, AnnDataLitModule, SingleCellPipeline = (load_embedded(f"data.{name}") for name in names)
+    names = ("datasets.SingleCellPerturbation", "modules.AnnDataLitModule", "transforms.pipelines.LinearModelPipeline")
+    SingleCellPerturbation, AnnDataLitModule, LinearModelPipeline = (load_embedded(f"data.{name}") for name in names)
     factory = partial(SingleCellPerturbation.from_anndata, perturbation_key="condition", covariate_keys=["cell_type"])
     dependencies = {"perturbation_uniques": "perturbation_uniques", "covariate_uniques": "covariate_uniques"}
     module = AnnDataLitModule(
         data={"filename": folder / "cells.h5ad"},
         data_iter_factory=factory,
         loader={"batch_size": batch, "num_workers": 0},
-        transform={"conf": SingleCellPipeline, "dependencies": dependencies},
+        transform={"conf": LinearModelPipeline, "dependencies": dependencies},
         splitter={"split_path": folder / "split.csv"},
     )
     module.setup("fit")

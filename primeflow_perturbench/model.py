@@ -32,7 +32,7 @@ from primeflow_perturbench.networks.preconditioning import GaussianPreconditioni
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.load import load_model
 from primeflow_perturbench.pretrained.save import save_model
-from primeflow_perturbench.pretrained.settings import as_plain, built, store_settings
+from primeflow_perturbench.pretrained.settings import as_plain, built, store_settings, with_transform
 from primeflow_perturbench.sampling.batch_size import BatchSize
 from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
 from primeflow_perturbench.sampling.sample import sample_conditions
@@ -295,4 +295,5 @@ class PRiMeFlow(PerturbationModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what is learned without gradients."""
         super().on_load_checkpoint(checkpoint)
+        self.training_record = with_transform(self.training_record)
         training_cells.restore(self, checkpoint)

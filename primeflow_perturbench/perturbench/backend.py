@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -89,8 +90,31 @@ def load_embedded(name: str) -> Any:
 
 def check_backend() -> None:
     """Raise `InputError` before a run begins if the installed PerturBench lacks what every run needs."""
-    for name in (MODEL, "data.modules.AnnDataLitModule", "data.transforms.pipelines.SingleCellPipeline"):
+    for name in (MODEL, "data.modules.AnnDataLitModule", "data.transforms.pipelines.LinearModelPipeline"):
         load(name)
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raise `InputError` before a run begins for ``data`` settings that the installed PerturBench cannot follow."""
+    if backend() == EMBEDDED:
+        return
+    from hydra.utils import get_method
+
+    hint = f"or set {VARIABLE}=embedded to use the embedded subset"
+    if "backed" in data["data"]:
+        raise InputError(f"PerturBench always leaves the matrix on disk; remove data.data.backed, {hint}")
+    if not data["data_iter_factory"].get("covariate_keys"):
+        raise InputError(
+            f"PerturBench evaluates no data without covariates; give data.data_iter_factory.covariate_keys, {hint}"
+        )
+    for part, factory in (
+        ("data_iter_factory", data["data_iter_factory"]),
+        ("evaluation.test_data_iter_factory", data["evaluation"]["test_data_iter_factory"]),
+    ):
+        known = inspect.signature(get_method(factory["_target_"])).parameters
+        for name in factory:
+            if name not in known and name not in ("_target_", "_partial_"):
+                raise InputError(f"the installed PerturBench has no setting data.{part}.{name}; remove it, {hint}")
 
 
 def _import(path: str) -> Any:

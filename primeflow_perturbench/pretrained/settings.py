@@ -57,6 +57,14 @@ def to_json(name: str, value: Any) -> Any:
     return {TARGET: path, **settings}
 
 
+def with_transform(record: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's training record with a transform that can be used, or that PerturBench knows to rebuild.
+
+    PerturBench rebuilds a transform from the settings of its data if the record holds a configuration instead.
+    """
+    return record if callable(record["transform"]) else record | {"transform": OmegaConf.create()}
+
+
 def built(value: Any) -> Any:
     """The object of a setting that a checkpoint holds as plain values; any other value as it is."""
     return from_json(value, "the settings of the model")

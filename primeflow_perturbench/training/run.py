@@ -22,7 +22,7 @@ from primeflow_perturbench.evaluation.score import data_columns, score_run
 from primeflow_perturbench.evaluation.shape import check_shape
 from primeflow_perturbench.files import replacing, write_json
 from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning
-from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, load_embedded
+from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, check_data, load_embedded
 from primeflow_perturbench.training.provenance import (
     commit,
     data_record,
@@ -113,6 +113,8 @@ def check_settings(cfg: DictConfig) -> None:
     """Raise `InputError` for what can be known to fail before anything is read."""
     check_backend()
     check_types(cfg)
+    if not reads_atlas(cfg):
+        check_data(cfg.data)
     if not cfg.test:
         return
     if reads_atlas(cfg):

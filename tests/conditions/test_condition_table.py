@@ -71,8 +71,8 @@ def test_a_data_frame_of_numbers_and_categories_is_read_like_text():
 @pytest.mark.parametrize("embeddings", [None, EMBEDDINGS])
 def test_tensors_are_those_of_the_training_transform(embeddings):
     """What the model saw in training and what it is asked now is one encoding."""
-    pipeline = load("data.transforms.pipelines.SingleCellPipeline")(
-        PLAIN["perturbation_uniques"], PLAIN["covariate_uniques"], embeddings
+    pipeline = load("data.transforms.pipelines.LinearModelPipeline")(
+        PLAIN["perturbation_uniques"], PLAIN["covariate_uniques"], perturbation_embeddings=embeddings
     )
     labels = ["G0+G1", "control", "TP53", "control+G2", "G2+TP53"]
     parts = [("G0", "G1"), (), ("TP53",), ("G2",), ("G2", "TP53")]

@@ -12,11 +12,11 @@ import yaml
 from primeflow_perturbench.data.atlas.cells import open_atlas
 from primeflow_perturbench.data.atlas.module import AtlasDataModule
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
+from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import LinearModelPipeline
 from primeflow_perturbench.simulation.atlas import simulate_atlas
 
 TRANSFORM = {
-    "conf": partial(SingleCellPipeline),
+    "conf": partial(LinearModelPipeline),
     "dependencies": {"perturbation_uniques": "perturbation_uniques", "covariate_uniques": "covariate_uniques"},
 }
 

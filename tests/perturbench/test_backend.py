@@ -6,9 +6,18 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.perturbench.backend import EMBEDDED, VARIABLE, backend, load, load_embedded, locate
+from primeflow_perturbench.perturbench.backend import (
+    EMBEDDED,
+    VARIABLE,
+    backend,
+    check_data,
+    load,
+    load_embedded,
+    locate,
+)
 
 OLD = """
 class PerturbationModel:
@@ -130,3 +139,46 @@ def test_the_command_reports_an_old_perturbench_without_a_traceback(package, tmp
     assert done.returncode == 2
     assert "the installed PerturBench lacks" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+DATASETS = """
+class SingleCellPerturbation:
+    @staticmethod
+    def from_anndata(adata, perturbation_key, covariate_keys=None): ...
+
+
+class CounterfactualWithReference(SingleCellPerturbation): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"filename": "a.h5ad", "backed": True}}, "data.data.backed"),
+        ({"data_iter_factory": {"covariate_keys": []}}, "without covariates"),
+        ({"data_iter_factory": {"seed": 1}}, r"no setting data.data_iter_factory.seed"),
+        ({"evaluation": {"test_data_iter_factory": {"cells": 1}}}, r"data.evaluation.test_data_iter_factory.cells"),
+        ({}, None),
+    ],
+)
+def test_data_settings_that_perturbench_cannot_follow_are_refused_before_a_run(package, change, message):
+    (package(NEW) / "perturbench" / "datasets.py").write_text(DATASETS)
+    names = ("SingleCellPerturbation", "CounterfactualWithReference")
+    measured, predicted = ({"_target_": f"perturbench.datasets.{name}.from_anndata"} for name in names)
+    settings = {
+        "data": {"filename": "a.h5ad"},
+        "data_iter_factory": measured
+        | {"_partial_": True, "perturbation_key": "condition", "covariate_keys": ["line"]},
+        "evaluation": {"test_data_iter_factory": predicted},
+    }
+    data = OmegaConf.to_container(OmegaConf.merge(settings, change))
+    if message is None:
+        check_data(data)
+        return
+    with pytest.raises(InputError, match=message):
+        check_data(data)
+
+
+def test_the_embedded_subset_follows_all_data_settings(no_package):
+    no_package.setenv(VARIABLE, "embedded")
+    check_data({"data": {"filename": "a.h5ad", "backed": True}, "data_iter_factory": {}})

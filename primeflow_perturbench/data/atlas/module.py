@@ -180,6 +180,8 @@ class AtlasDataModule(L.LightningDataModule):
         self.narrowing, self.heldout = narrowing, heldout
         self.loader = dict(loader or {})
         self.batch_size = int(self.loader.pop("batch_size", 256))
+        # Processes always read different cells here.
+        self.loader.pop("ddp_mode", None)
         self._transform_conf, self.evaluation, self.seed = transform, evaluation, seed or 0
         self.atlas: AtlasCells | None = None
         self.train_iterator: AtlasPerturbation | None = None

@@ -1,7 +1,9 @@
 """Lightning data module of one AnnData file."""
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,19 @@ def read_cells(filename: str | Path, backed: bool = False) -> ad.AnnData:
         raise DataError(f"{path}: not a readable h5ad file ({reason})") from error
 
 
+def seeded(factory: Callable) -> Callable:
+    """A factory with the seed of the run, if it takes one and has none; PerturBench's configurations give none."""
+    takes_seed = "seed" in inspect.signature(factory).parameters and "seed" not in factory.keywords
+    return partial(factory, seed=torch.initial_seed() % 2**31) if takes_seed else factory
+
+
 class AnnDataLitModule(L.LightningDataModule):
     """Train, validation, test and prediction data of one h5ad file.
 
     Parameters
     ----------
     data
-        ``{filename, backed}``: the h5ad file, and whether its matrix stays on disk.
+        ``{filename, backed}``: the h5ad file, and whether its matrix stays on disk (by default not).
     data_iter_factory
         ``(adata) -> (data set, context)``, for example a partial of `SingleCellPerturbation.from_anndata`;
         its keywords name the columns.
@@ -103,9 +111,11 @@ class AnnDataLitModule(L.LightningDataModule):
         super().__init__()
         if mode != "batch":
             raise DataError(f"data mode {mode!r}: expected 'batch'")
-        self.data, self.factory = data, data_iter_factory
+        self.data, self.factory = data, seeded(data_iter_factory)
         self.loader = dict(loader or {})
         self.batch_size = int(self.loader.pop("batch_size", 256))
+        # Processes always read different cells here.
+        self.loader.pop("ddp_mode", None)
         self.collate = collate
         self._transform_conf = transform
         self.splitter, self.evaluation, self.prediction = splitter, evaluation, prediction
@@ -214,7 +224,7 @@ class AnnDataLitModule(L.LightningDataModule):
             self.train_iterator, _ = self.factory(self._cells_of("train", order["train"]), **extra)
         self.val_iterator, _ = self.factory(self._cells_of("val", order and order["val"]), **extra)
         if self.transform is None:
-            self.transform = self._build_transform()
+            self.transform = self._build_transform(self.train_iterator)
         self.train_iterator.transform = self.val_iterator.transform = self.transform
         self._save_split()
 
@@ -263,10 +273,10 @@ class AnnDataLitModule(L.LightningDataModule):
                     "hold out less, or give another split file"
                 )
 
-    def _build_transform(self) -> Callable[[Batch], Batch]:
+    def _build_transform(self, dataset: Any) -> Callable[[Batch], Batch]:
         arguments = {argument: self.context[key] for argument, key in self._transform_conf["dependencies"].items()}
-        if self.train_iterator.perturbation_embeddings is not None:
-            arguments["perturbation_embeddings"] = self.train_iterator.perturbation_embeddings
+        if dataset.perturbation_embeddings is not None:
+            arguments["perturbation_embeddings"] = dataset.perturbation_embeddings
         return self._transform_conf["conf"](**arguments)
 
     def _save_split(self) -> None:
@@ -325,6 +335,8 @@ class AnnDataLitModule(L.LightningDataModule):
         conditions = pd.read_csv(path, dtype=text, keep_default_na=False)
         factory = self.prediction["predict_data_iter_factory"]
         self.predict_iterator, _ = factory(self._read(), prediction_dataframe=conditions, **self._genes_of(factory))
+        if self.transform is None:
+            self.transform = self._build_transform(self.predict_iterator)
         self.predict_iterator.transform = self.transform
 
     def _training_progress(self) -> tuple[int, int]:

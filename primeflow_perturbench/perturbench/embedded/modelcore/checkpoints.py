@@ -8,12 +8,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..data.transforms.pipelines import SingleCellPipeline
+from ..data.transforms.pipelines import LinearModelPipeline
 from ..errors import DataError
 from ..files import replacing
 
@@ -109,9 +110,9 @@ def store_plain(checkpoint: dict[str, Any], convert: Callable[[str, Any], Any] =
     """
     record = checkpoint["training_record"]
     transform, context = record["transform"], plain(record["train_context"])
-    if isinstance(transform, SingleCellPipeline):
-        transform = transform.state()
-    checkpoint["training_record"] = {**record, "transform": plain(transform), "train_context": context}
+    # Any other transform is rebuilt from the settings of the data and the context.
+    transform = plain(transform.state()) if isinstance(transform, LinearModelPipeline) else None
+    checkpoint["training_record"] = {**record, "transform": transform, "train_context": context}
     if (settings := checkpoint.get("hyper_parameters")) is not None:
         # The context is written once.
         known = dict.fromkeys(OF_THE_RUN) | {"context": context}
@@ -121,10 +122,11 @@ def store_plain(checkpoint: dict[str, Any], convert: Callable[[str, Any], Any] =
 
 
 def restore_record(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The training record of a checkpoint, with the transform as an object."""
+    """The training record of a checkpoint, with the transform as an object, or ``None`` if it has to be rebuilt."""
     record = dict(checkpoint["training_record"])
-    if isinstance(record["transform"], Mapping) and "perturbation_uniques" in record["transform"]:
-        record["transform"] = SingleCellPipeline.from_state(record["transform"])
+    if isinstance(state := record["transform"], Mapping):
+        # Transforms of PerturBench are mappings as well.
+        record["transform"] = LinearModelPipeline.from_state(state) if "perturbation_uniques" in state else None
     return record
 
 
@@ -146,12 +148,14 @@ def build_model(cls: Any, path: str | Path, checkpoint: Mapping[str, Any], **cha
 
 
 def plain(value: Any) -> Any:
-    """Configuration nodes, mappings, sequences and NumPy values as plain Python values; anything else unchanged."""
+    """Plain Python values of configurations, mappings, sequences, NumPy and pandas; anything else unchanged."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, pd.Series):
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set):
         return [plain(item) for item in value]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()

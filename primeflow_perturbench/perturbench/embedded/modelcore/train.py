@@ -115,7 +115,7 @@ def prepare(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule]:
     purpose = "test" if not cfg.train else "finetune" if finetune else "resume"
     if purpose == "finetune" and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over"):
         purpose = "transfer"
-    set_up(datamodule, None if checkpoint is None else record_of(checkpoint), purpose)
+    set_up(datamodule, None if checkpoint is None else record_of(checkpoint), purpose, cfg.data.get("transform"))
     model = build_model(cfg, datamodule)
     check_compatible(model, datamodule)
     if purpose == "transfer":
@@ -127,10 +127,16 @@ def prepare(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule]:
     return datamodule, model
 
 
-def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None, purpose: Purpose) -> None:
+def set_up(
+    datamodule: L.LightningDataModule,
+    record: Mapping[str, Any] | None,
+    purpose: Purpose,
+    transform: DictConfig | None = None,
+) -> None:
     """Prepare the training data, and compare them with the training record of a checkpoint if one is given.
 
-    For all purposes but "transfer", the data get the vocabularies of the record.
+    For all purposes but "transfer", the data get the vocabularies of the record, and PerturBench's data module gets the
+    transform that the configuration ``transform`` makes of them.
     """
     ours = hasattr(datamodule, "use_training_record")
     if record is not None and ours:
@@ -147,10 +153,11 @@ def set_up(datamodule: L.LightningDataModule, record: Mapping[str, Any] | None, 
         for name, categories in known.items():
             check_order(f"categories of covariate {name!r}", categories or (), found[name] or ())
         return
-    datamodule.transform, datamodule.context = record["transform"], record["train_context"]
-    for iterator in (datamodule.train_iterator, datamodule.val_iterator, datamodule.test_iterator):
-        if iterator is not None:
-            iterator.transform = record["transform"]
+    built, context = hydra.utils.instantiate(transform), record["train_context"]
+    datamodule.context = context
+    datamodule.transform = built.conf(**{argument: context[key] for argument, key in built.dependencies.items()})
+    for iterator in (datamodule.train_iterator, datamodule.val_iterator):
+        iterator.transform = datamodule.transform
 
 
 def load_weights(model: L.LightningModule, ckpt_path: str, checkpoint: Mapping[str, Any]) -> None:

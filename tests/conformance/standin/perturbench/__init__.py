@@ -1,5 +1,6 @@
-"""A stand-in for PerturBench with its interface and nothing else.
+"""A stand-in for PerturBench: its names, its interface and its limits.
 
-Made for tests: its parts come from the embedded subset, but what that offers on top is hidden, so that a model
-which leans on it fails here as it would in a real installation.
+Made for tests. Readers, draws and scores come from the embedded subset, but everything that the subset offers beyond
+PerturBench is hidden, and what PerturBench refuses is refused here, so that code which leans on more fails as it would
+in a real installation.
 """

@@ -19,7 +19,7 @@ from primeflow_perturbench.perturbench.embedded.data.datasets import (
     SingleCellPerturbationWithControls,
     known_conditions,
 )
-from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
+from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import LinearModelPipeline
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -31,8 +31,10 @@ COLUMNS = {"perturbation_key": "condition", "covariate_keys": ["cell_type"]}
 def with_transform(made):
     """A data set from `from_anndata` that returns tensors."""
     dataset, context = made
-    dataset.transform = SingleCellPipeline(
-        context["perturbation_uniques"], context["covariate_uniques"], dataset.perturbation_embeddings
+    dataset.transform = LinearModelPipeline(
+        context["perturbation_uniques"],
+        context["covariate_uniques"],
+        perturbation_embeddings=dataset.perturbation_embeddings,
     )
     return dataset
 
@@ -109,7 +111,7 @@ def test_counterfactuals_equal_perturbench(golden, golden_train):
     dataset, _ = CounterfactualWithReference.from_anndata(
         adata, split="test", seed=3, max_control_cells_per_covariate=25, features=train.gene_names, **COLUMNS
     )
-    dataset.transform = SingleCellPipeline(context["perturbation_uniques"], context["covariate_uniques"])
+    dataset.transform = LinearModelPipeline(context["perturbation_uniques"], context["covariate_uniques"])
     expected = np.load(folder / "counterfactual_batch.npz")
     columns = ["cell_type", "condition", "_condition_idx"]
     expected_obs = pd.read_csv(folder / "counterfactual_obs.csv", index_col=0, dtype={"condition": str})

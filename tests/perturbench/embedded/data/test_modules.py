@@ -6,6 +6,7 @@ from functools import cache
 
 import anndata as ad
 import hydra
+import lightning as L
 import numpy as np
 import pandas as pd
 import pytest
@@ -126,7 +127,7 @@ def test_the_test_stage_has_the_conditions_of_the_split(make_module, screen):
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_backed_cells_give_the_same_batches(make_module, stage):
     modules = [
-        make_module(f"data.data.backed={backed}", "data.evaluation.chunk_size=100") for backed in ("true", "false")
+        make_module(f"+data.data.backed={backed}", "data.evaluation.chunk_size=100") for backed in ("true", "false")
     ]
     for module in modules:
         module.setup("fit")
@@ -150,7 +151,7 @@ def test_several_workers_read_backed_cells(make_module):
         module.setup("fit")
         return torch.cat([batch.gene_expression for batch in module.val_dataloader()])
 
-    assert torch.equal(expression("data.data.backed=true", "data.loader.num_workers=2"), expression())
+    assert torch.equal(expression("+data.data.backed=true", "data.loader.num_workers=2"), expression())
 
 
 def test_the_predict_stage_has_the_conditions_of_the_table(make_module, tmp_path, screen):
@@ -178,12 +179,16 @@ def test_labels_of_a_table_stay_text(make_module, tmp_path, make_cells):
     table = tmp_path / "conditions.csv"
     table.write_text("condition,cell_type\nNA,007\n1,NA\n")
     module = make_module(f"data.prediction.prediction_dataframe_path={table}", filename=tmp_path / "cells.h5ad")
-    context = {"covariate_uniques": {"cell_type": ["007", "NA"]}}
+    context = {"covariate_uniques": {"cell_type": ["007", "NA"]}, "perturbation_uniques": ["1", "NA"]}
+    context["use_perturbation_embedding"] = False
     module.use_training_record({"transform": None, "train_context": context})
     module.setup("predict")
     assert module.predict_iterator.conditions["condition"].tolist() == ["NA", "1"]
     (batch, obs), *_ = module.predict_dataloader()
-    assert obs["cell_type"].tolist() == batch.covariates["cell_type"].tolist() == ["007", "NA"]
+    assert obs["cell_type"].tolist() == ["007", "NA"]
+    # The transform is built from the context.
+    assert batch.covariates["cell_type"].argmax(dim=1).tolist() == [0, 1]
+    assert batch.perturbations.argmax(dim=1).tolist() == [1, 0]
 
 
 def test_test_and_predict_need_a_training_record(make_module, tmp_path):
@@ -197,7 +202,8 @@ def test_test_and_predict_need_a_training_record(make_module, tmp_path):
 
 
 def test_cells_can_be_paired_with_controls(make_module):
-    module = make_module("data=h5ad_controls", f"{CONDITION}.num_control_samples=3", "seed=4")
+    L.seed_everything(4, verbose=False)
+    module = make_module("data=h5ad_controls", f"{CONDITION}.num_control_samples=3")
     module.setup("fit")
     assert isinstance(module.train_iterator, SingleCellPerturbationWithControls)
     assert (module.train_iterator.num_control_samples, module.train_iterator.seed) == (3, 4)
@@ -301,7 +307,7 @@ def test_a_file_that_is_not_h5ad_is_an_error(make_module, tmp_path, content, bac
     path = tmp_path / "cells.h5ad"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"cells.h5ad: not a readable h5ad file \("):
-        make_module(f"data.data.backed={backed}", filename=path).setup("fit")
+        make_module(f"+data.data.backed={backed}", filename=path).setup("fit")
 
 
 def test_a_truncated_file_is_an_error(make_module, tmp_path, screen_path):

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 
 from primeflow_perturbench.perturbench.embedded.data.collate import noop_collate
-from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline, dense_tensor
+from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import LinearModelPipeline, dense_tensor
 from primeflow_perturbench.perturbench.embedded.data.types import Batch
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 
@@ -28,7 +28,7 @@ def test_dense_tensor_accepts_every_kind_of_matrix(kind):
 
 
 def test_columns_follow_the_vocabulary():
-    pipeline = SingleCellPipeline(["Q", "P"], {"line": ["b", "a"], "dose": None})
+    pipeline = LinearModelPipeline(["Q", "P"], {"line": ["b", "a"], "dose": None})
     batch = pipeline(raw_batch([("P",), (), ("P", "Q")], line=["a", "b", "b"], dose=[0.5, 1, 2]))
     assert batch.perturbations.tolist() == [[0, 1], [0, 0], [1, 1]]
     assert batch.covariates["line"].tolist() == [[0, 1], [1, 0], [1, 0]]
@@ -43,7 +43,7 @@ def test_every_matrix_of_a_batch_becomes_a_tensor():
     batch = raw_batch([("P",), ()])._replace(
         covariates=None, controls=sp.csr_matrix(VALUES), embeddings=VALUES, control_embeddings=2 * VALUES
     )
-    batch = SingleCellPipeline(["P"])(batch)
+    batch = LinearModelPipeline(["P"])(batch)
     assert batch.covariates is None
     assert batch.controls.tolist() == batch.embeddings.tolist() == VALUES.tolist()
     assert batch.control_embeddings.tolist() == (2 * VALUES).tolist()
@@ -51,7 +51,7 @@ def test_every_matrix_of_a_batch_becomes_a_tensor():
 
 def test_perturbation_embeddings_are_summed_and_zero_for_controls():
     rows = pd.DataFrame([[1.0, 2, 3], [10, 20, 30], [5, 5, 5]], index=["P", "Q", "other"])
-    pipeline = SingleCellPipeline(["Q", "P"], perturbation_embeddings=rows)
+    pipeline = LinearModelPipeline(["Q", "P"], perturbation_embeddings=rows)
     batch = pipeline(raw_batch([("P", "Q"), (), ("Q",)]))
     assert batch.perturbations.tolist() == [[11, 22, 33], [0, 0, 0], [10, 20, 30]]
     assert batch.perturbations.dtype == torch.float32
@@ -60,30 +60,30 @@ def test_perturbation_embeddings_are_summed_and_zero_for_controls():
 def test_perturbations_without_an_embedding_are_an_error():
     rows = pd.DataFrame([[1.0]], index=["P"])
     with pytest.raises(DataError, match="2 perturbations have no row .* among them R, Q; add"):
-        SingleCellPipeline(["P", "R", "Q"], perturbation_embeddings=rows)
+        LinearModelPipeline(["P", "R", "Q"], perturbation_embeddings=rows)
 
 
 def test_embeddings_reach_perturbations_without_training_cells():
     rows = pd.DataFrame([[1.0, 2], [10, 20]], index=["P", "Q"])
-    pipeline = SingleCellPipeline(["P"], perturbation_embeddings=rows)
+    pipeline = LinearModelPipeline(["P"], perturbation_embeddings=rows)
     assert pipeline(raw_batch([("Q", "P"), ("Q",)])).perturbations.tolist() == [[11, 22], [10, 20]]
     with pytest.raises(DataError, match="1 perturbations have no row in the perturbation embeddings: R; train"):
         pipeline(raw_batch([("P", "R")]))
 
 
 def test_a_batch_of_one_cell_keeps_its_shape():
-    batch = SingleCellPipeline(["P"], {"line": ["a"]})(raw_batch([("P",)], line=["a"]))
+    batch = LinearModelPipeline(["P"], {"line": ["a"]})(raw_batch([("P",)], line=["a"]))
     assert batch.gene_expression.shape == (1, 2)
     assert batch.perturbations.shape == batch.covariates["line"].shape == (1, 1)
 
 
 def test_unknown_perturbations_are_an_error():
     with pytest.raises(DataError, match="2 perturbations were not seen in training: R, S; predict"):
-        SingleCellPipeline(["P"])(raw_batch([("S", "P"), ("R",), ()]))
+        LinearModelPipeline(["P"])(raw_batch([("S", "P"), ("R",), ()]))
 
 
 def test_unknown_categories_are_an_error():
-    pipeline = SingleCellPipeline(["P"], {"line": ["b", "a"]})
+    pipeline = LinearModelPipeline(["P"], {"line": ["b", "a"]})
     with pytest.raises(DataError, match="'line' has values that were not seen in training: d, e; known are b, a"):
         pipeline(raw_batch([("P",), (), ()], line=["e", "a", "d"]))
 

@@ -12,7 +12,7 @@ import torch
 from builders import compose_config
 
 from primeflow_perturbench.perturbench.embedded.data.datasets import Counterfactual, SingleCellPerturbationWithControls
-from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import SingleCellPipeline
+from primeflow_perturbench.perturbench.embedded.data.transforms.pipelines import LinearModelPipeline
 from primeflow_perturbench.perturbench.embedded.data.types import Batch
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 from primeflow_perturbench.perturbench.embedded.modelcore.models import DecoderOnly, LatentAdditive, LinearAdditive
@@ -151,7 +151,7 @@ def planted_cells() -> tuple[ad.AnnData, np.ndarray]:
 def test_linear_additive_recovers_planted_effects():
     cells, effects = planted_cells()
     dataset, context = SingleCellPerturbationWithControls.from_anndata(cells, "condition")
-    dataset.transform = SingleCellPipeline(context["perturbation_uniques"])
+    dataset.transform = LinearModelPipeline(context["perturbation_uniques"])
     assert context["perturbation_uniques"] == ["A", "B", "C"]
     batch = dataset[range(len(dataset))]
     model = LinearAdditive(G, P, dataset.transform, context, None, wd=0.0)

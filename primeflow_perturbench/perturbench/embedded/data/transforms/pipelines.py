@@ -22,7 +22,7 @@ def dense_tensor(matrix) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
 
 
-class SingleCellPipeline:
+class LinearModelPipeline:
     """Encode perturbations as multi-hot (or summed embeddings), covariates as one-hot, expression as dense.
 
     Parameters
@@ -31,22 +31,29 @@ class SingleCellPipeline:
         Perturbations in the order of the tensor's columns.
     covariate_uniques
         Categories by covariate name, in the order of the tensor's columns; ``None`` for a numeric covariate.
+    use_perturbation_embedding
+        Whether perturbations become embeddings, which then have to be given.
     perturbation_embeddings
-        Optional table with one row per perturbation. Perturbations, including those without a training cell, become
-        the sum of their rows.
+        Table with one row per perturbation. Perturbations, including those without a training cell, become the sum of
+        their rows.
 
     Raises
     ------
     DataError
-        If a perturbation or category is unknown; also when the pipeline is called.
+        If embeddings are missing, or a perturbation or category is unknown; also when the pipeline is called.
     """
 
     def __init__(
         self,
         perturbation_uniques: Sequence[str],
         covariate_uniques: Mapping[str, Sequence[str] | None] | None = None,
+        use_perturbation_embedding: bool = False,
         perturbation_embeddings: pd.DataFrame | None = None,
     ):
+        if use_perturbation_embedding and perturbation_embeddings is None:
+            raise DataError(
+                "the model reads perturbation embeddings: give data.data_iter_factory.perturbation_embeddings_path=PATH"
+            )
         self.perturbation_uniques = list(perturbation_uniques)
         self.covariate_uniques = {
             name: None if uniques is None else list(uniques) for name, uniques in (covariate_uniques or {}).items()
@@ -82,7 +89,7 @@ class SingleCellPipeline:
         """The pipeline of a `state`."""
         vectors = state["vectors"]
         embeddings = None if vectors is None else pd.DataFrame(vectors.numpy(), index=state["embedded"])
-        return cls(state["perturbation_uniques"], state["covariate_uniques"], embeddings)
+        return cls(state["perturbation_uniques"], state["covariate_uniques"], embeddings is not None, embeddings)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with tensors in place of labels and matrices."""
@@ -131,3 +138,11 @@ class SingleCellPipeline:
             )
         index = torch.tensor([columns[value] for value in values], dtype=torch.long)
         return torch.nn.functional.one_hot(index, len(columns)).to(torch.float32)
+
+
+class LinearModelPipelineControls(LinearModelPipeline):
+    """PerturBench's name of the pipeline for cells paired with controls; here one pipeline encodes both."""
+
+
+# The class name in checkpoints of earlier versions.
+SingleCellPipeline = LinearModelPipeline

@@ -1,25 +1,31 @@
 """PerturBench's own command ``predict``."""
 
 import hydra
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="predict.yaml")
 def main(cfg: DictConfig):
-    import torch
+    from pathlib import Path
 
-    with open_dict(cfg):
-        cfg.data.prediction.prediction_dataframe_path = cfg.prediction_dataframe_path
-        cfg.data.prediction.chunk_size = cfg.chunk_size
+    import lightning as L
+
+    from perturbench.modelcore.train import transform_of
+
+    if cfg.get("seed"):
+        L.seed_everything(cfg.seed, workers=True)
     datamodule = hydra.utils.instantiate(cfg.data)
-    record = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=False)["training_record"]
-    datamodule.transform, datamodule.context = record["transform"], record["train_context"]
-    datamodule.setup("predict")
+    datamodule.setup("fit")
+    # The settings of the model are those of the checkpoint; those of the command line are ignored.
     model = hydra.utils.get_class(cfg.model._target_).load_from_checkpoint(
-        cfg.ckpt_path, evaluation=None, lr=None, lr_scheduler=None, map_location="cpu", weights_only=False
+        cfg.ckpt_path, map_location="cpu", weights_only=False
     )
-    model.prediction_config = {"output_path": cfg.output_path}
-    hydra.utils.instantiate(cfg.trainer, logger=False).predict(model, datamodule=datamodule, return_predictions=False)
+    model.prediction_config = cfg
+    datamodule.setup("predict")
+    datamodule.predict_iterator.transform = transform_of(cfg, model)
+    loader = datamodule.predict_dataloader()
+    Path(cfg.output_path).mkdir(parents=True, exist_ok=True)
+    hydra.utils.instantiate(cfg.trainer, logger=False).predict(model, dataloaders=loader)
 
 
 if __name__ == "__main__":

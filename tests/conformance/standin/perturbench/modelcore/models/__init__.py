@@ -1,20 +1,23 @@
 """Models."""
 
-import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import anndata as ad
 import lightning as L
-import pandas as pd
 import torch
+from omegaconf import OmegaConf
 
+from perturbench.modelcore.utils import instantiate_with_context
 from primeflow_perturbench.perturbench.embedded.modelcore.models import base
 
 
-class PerturbationModel(L.LightningModule):
+class PerturbationModel(L.LightningModule, ABC):
     """Base class of the models, written from the interface alone."""
 
-    COMPATIBLE_DATASETS = ("SingleCellPerturbationWithControls",)
+    COMPATIBLE_DATASETS = ("SingleCellPerturbation", "SingleCellPerturbationWithControls")
+    summary_metrics = None
+    prediction_config = None
 
     def __init__(
         self,
@@ -36,20 +39,22 @@ class PerturbationModel(L.LightningModule):
         self.n_genes, self.n_perts = n_genes, n_perts
         self.training_record = {"transform": transform, "train_context": context}
         self.evaluation_config = evaluation
-        self.n_total_covariates = sum(len(values or [0]) for values in context["covariate_uniques"].values())
-        self.n_input_features = embedding_width or n_genes
-        self.n_input_perturbation_features = perturbation_embedding_width or n_perts
-        self.prediction_config = None
-        self.summary_metrics = None
-        self._lr, self._wd, self._scheduler = lr or 1e-3, wd or 1e-5, lr_scheduler
+        uniques = context["covariate_uniques"].values()
+        self.n_total_covariates = sum(1 if values is None else len(values) for values in uniques)
+        self.n_input_features = n_genes if embedding_width is None else embedding_width
+        self.n_input_perturbation_features = (
+            n_perts if perturbation_embedding_width is None else perturbation_embedding_width
+        )
+        self.lr, self.wd = 1e-3 if lr is None else lr, 1e-5 if wd is None else wd
+        self.lr_scheduler = lr_scheduler
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.parameters(), lr=self._lr, weight_decay=self._wd)
-        if self._scheduler is None:
-            return optimizer
-        known = {"optimizer": optimizer}
-        arguments = {argument: known[name] for argument, name in self._scheduler["dependencies"].items()}
-        scheduler = {"scheduler": self._scheduler["conf"](**arguments), **(self._scheduler.get("extras") or {})}
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.wd)
+        if self.lr_scheduler is None:
+            return {"optimizer": optimizer}
+        scheduler = {"scheduler": instantiate_with_context(self.lr_scheduler, {"optimizer": optimizer})}
+        if "extras" in self.lr_scheduler:
+            scheduler |= OmegaConf.to_object(self.lr_scheduler.extras)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint):
@@ -58,56 +63,68 @@ class PerturbationModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint):
         self.training_record = checkpoint["training_record"]
 
+    @abstractmethod
+    def predict(self, batch): ...
+
     def predict_anndata(self, data_tuple):
         batch, obs = data_tuple
-        values = self.predict(batch).squeeze().detach().cpu().numpy()
-        return ad.AnnData(values, obs=obs, var=pd.DataFrame(index=batch.gene_names))
+        cells = ad.AnnData(self.predict(batch).float().squeeze().detach().cpu().numpy(), obs=obs)
+        cells.var_names = batch.gene_names
+        return cells
 
-    @property
-    def _chunks(self):
-        return Path(self.evaluation_config["save_dir"]) / "predicted_anndata"
+    def on_test_start(self):
+        folder = Path(self.evaluation_config.save_dir) / "predicted_anndata"
+        self.chunks = Path(self.trainer.strategy.broadcast(str(folder)))
+        self.chunks.mkdir(parents=True, exist_ok=True)
 
     def test_step(self, data_tuple, batch_idx):
-        self._chunks.mkdir(parents=True, exist_ok=True)
-        self.predict_anndata(data_tuple).write_h5ad(self._chunks / f"rank{self.global_rank}_batch{batch_idx}.h5ad")
+        path = self.chunks / f"predicted_rank{self.global_rank}_batch{batch_idx}.h5ad"
+        self.predict_anndata(data_tuple).write_h5ad(path)
 
     def on_test_end(self):
         self.trainer.strategy.barrier()
         if self.global_rank != 0:
             return
-        predicted = base.merge_predictions(self._chunks)
-        shutil.rmtree(self._chunks)
+        settings = self.evaluation_config
+        if settings.use_control_variance:
+            raise NotImplementedError("the stand-in has no variances of controls")
         reference = self.trainer.datamodule.test_iterator.reference_adata
-        result = base.PerturbationModel.evaluate_predictions(self, predicted, reference)
+        # The chunks stay, those of an earlier run as well.
+        result = base.PerturbationModel.evaluate_predictions(self, base.merge_predictions(self.chunks), reference)
         self.summary_metrics = result.rounded()
-        print("Summary metrics")
-        print(self.summary_metrics)
-        self.summary_metrics.to_csv(Path(self.evaluation_config["save_dir"]) / "summary.csv")
+        if settings.print_summary:
+            print(self.summary_metrics)
+        Path(settings.save_dir).mkdir(parents=True, exist_ok=True)
+        result.summary_by_cov.to_csv(settings.save_dir + "/summary_by_cov.csv", index_label="metric")
+        if settings.get("run_cell_eval", True):
+            raise NotImplementedError("the stand-in has no cell-eval")
 
     def predict_step(self, data_tuple, batch_idx):
-        folder = Path(self.prediction_config["output_path"])
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"prediction_rank{self.global_rank}_chunk_{batch_idx}.h5ad"
-        self.predict_anndata(data_tuple).write_h5ad(folder / name)
+        name = f"/prediction_rank{self.global_rank}_chunk_{batch_idx}.h5ad"
+        self.predict_anndata(data_tuple).write_h5ad(self.prediction_config.output_path + name)
 
 
 class MeanModel(PerturbationModel):
-    """A model of the stand-in that predicts the controls of the batch."""
+    """A model of the stand-in that shifts control cells."""
 
-    def __init__(self, gene_names=None, **settings):
+    COMPATIBLE_DATASETS = ("SingleCellPerturbationWithControls",)
+
+    def __init__(self, **settings):
         super().__init__(**settings)
-        self.shift = torch.nn.Parameter(torch.zeros(1))
+        self.save_hyperparameters()
+        self.shift = torch.nn.Linear(self.n_input_perturbation_features, self.n_genes)
 
     def training_step(self, batch, batch_idx):
-        loss = (batch.controls + self.shift - batch.gene_expression).square().mean()
-        self.log("train_loss", loss, batch_size=len(batch.gene_expression))
+        loss = (batch.controls + self.shift(batch.perturbations) - batch.gene_expression).square().mean()
+        # As in PerturBench, the length of a batch is its number of fields.
+        self.log("train_loss", loss, batch_size=len(batch), sync_dist=True)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch.gene_expression))
+        self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch), sync_dist=True)
 
     def predict(self, batch):
-        return batch.controls if batch.controls is not None else batch.gene_expression
+        return batch.gene_expression + self.shift(batch.perturbations)
 
 
 __all__ = ["MeanModel", "PerturbationModel"]
