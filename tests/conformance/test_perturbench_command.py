@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from builders import compose_config
 from omegaconf import OmegaConf
 
@@ -26,17 +27,18 @@ MODEL = [
     "seed=3",
     "data.loader.batch_size=256",
     "data.loader.num_workers=0",
-    "data.data_iter_factory.covariate_keys=[cell_type]",
     "data.evaluation.split_value_to_evaluate=test",
+    "data.evaluation.chunk_size=8",
+    "data.evaluation.print_summary=true",
+    "data.evaluation.run_cell_eval=false",
     "data.evaluation.test_data_iter_factory.max_control_cells_per_covariate=6",
     "data.evaluation.evaluation_pipelines=[{aggregation: average, metric: rmse, rank: true},"
     "{aggregation: logfc, metric: cosine, rank: false}]",
-    "data.splitter.task=transfer",
-    "data.splitter.max_heldout_fraction_per_covariate=0.5",
     "trainer.accelerator=cpu",
     "trainer.precision=32",
     "++trainer.max_epochs=2",
     "++trainer.enable_progress_bar=false",
+    "+callbacks.recorder._target_=recorder.Recorder",
 ]
 # Make our trainer and callbacks behave like PerturBench's.
 LIKE_PERTURBENCH = [
@@ -44,73 +46,173 @@ LIKE_PERTURBENCH = [
     "trainer.check_val_every_n_epoch=1",
     "trainer.val_check_interval=1.0",
     "trainer.gradient_clip_val=null",
+    "trainer.num_sanity_val_steps=2",
     "~callbacks.ema",
     "~callbacks.progress_bar",
     "callbacks.model_checkpoint.every_n_train_steps=null",
     "references=[control]",
 ]
+TRANSFER = [
+    "data.splitter.task=transfer",
+    "++data.splitter.min_train_covariates=1",
+    "++data.splitter.max_heldout_covariates=1",
+    "data.splitter.max_heldout_fraction_per_covariate=0.5",
+]
+# Settings of the data, for both commands.
+DATA = {
+    "transfer": ["data=norman19_no_controls", *TRANSFER],
+    "combine": ["data=norman19_no_controls"],
+    "saved": ["data=norman19_no_controls", "++data.splitter.split_path={folder}/split.csv"],
+    "controls": ["data=norman19", *TRANSFER],
+    "embeddings": [
+        *("data=norman19_no_controls", *TRANSFER),
+        "++data.data_iter_factory.perturbation_embeddings_path={folder}/embeddings.parquet",
+    ],
+}
+METRICS = ("rmse_average", "rmse_rank_average", "cosine_logfc")
+HERE = Path(__file__).parent
 
 
 def call(*command, environment=None) -> str:
     """Run a Python command that must succeed, and return its standard output."""
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PRIMEFLOW_BENCHMARK": "perturbench"} | (environment or {})
-    done = subprocess.run([sys.executable, *command], env=given, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PRIMEFLOW_BENCHMARK": "perturbench", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *command], env=given | (environment or {}), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, screen_path) -> Path:
-    """A data folder that holds the screen under the name of a data set of PerturBench."""
+    """A data folder that holds the screen under the name of a data set of PerturBench, with all that goes with it."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(screen_path, folder / "norman19_processed.h5ad")
+    shutil.copy(screen_path.parent / "split.csv", folder / "split.csv")
+    screen = ad.read_h5ad(screen_path, backed="r")
+    labels = sorted({part for label in screen.obs["condition"].unique() for part in label.split("+")} - {"control"})
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(len(labels), 5)), index=labels)
+    table.columns = [f"e{i}" for i in range(5)]
+    table.to_parquet(folder / "embeddings.parquet")
     return folder
+
+
+def settings(data: Path, folder: Path, kind: str) -> list[str]:
+    """Overrides of a run on one kind of data; the recorder writes to the run's folder."""
+    return [
+        *(override.format(folder=data) for override in DATA[kind]),
+        *(*MODEL, f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={folder}"),
+        f"+callbacks.recorder.path={folder / 'recorded.pt'}",
+    ]
+
+
+def perturbench_train(data: Path, folder: Path, kind: str, *given: str) -> str:
+    """Run PerturBench's own ``train``."""
+    return call("-m", "perturbench.modelcore.train", *settings(data, folder, kind), *given)
+
+
+def our_train(data: Path, folder: Path, kind: str, *given: str, environment=None) -> str:
+    """Run ``primeflow train`` with the settings of PerturBench's trainer."""
+    overrides = [*settings(data, folder, kind), *LIKE_PERTURBENCH, *given]
+    return call("-m", "primeflow_perturbench.cli.train", *overrides, environment=environment)
+
+
+def recorded(folder: Path) -> dict:
+    return torch.load(folder / "recorded.pt", weights_only=False)
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    weights, others = recorded(one)["weights"], recorded(two)["weights"]
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def printed(output: str) -> dict[str, float]:
+    """The summary that PerturBench prints."""
+    lines = [line.split() for line in output.splitlines()]
+    return {words[0]: float(words[-1]) for words in lines if len(words) == 2 and words[0] in METRICS}
 
 
 @pytest.fixture(scope="module")
 def perturbench_run(tmp_path_factory, data) -> tuple[Path, str]:
     """Folder and output of a run of PerturBench's own ``train``."""
     folder = tmp_path_factory.mktemp("perturbench_run")
-    output = call(
-        *("-m", "perturbench.modelcore.train", "data=norman19_no_controls", *MODEL),
-        *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={folder}"),
-    )
-    return folder, output
+    return folder, perturbench_train(data, folder, "transfer")
 
 
 def test_perturbenchs_train_prints_the_summary_of_our_model(perturbench_run):
     folder, output = perturbench_run
     assert list((folder / "checkpoints").glob("*.ckpt"))
-    for metric in ("rmse_average", "rmse_rank_average", "cosine_logfc"):
-        assert metric in output
+    assert set(printed(output)) == set(METRICS)
     assert "PRiMeFlow" in output
 
 
 @pytest.mark.slow
-def test_our_train_gives_the_same_numbers_from_the_same_seed(perturbench_run, tmp_path, data):
-    _, output = perturbench_run
-    call(
-        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_PERTURBENCH),
-        *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={tmp_path}"),
-    )
-    ours = pd.read_csv(tmp_path / "summary.csv", index_col=0)["PRiMeFlow"]
-    for metric in ("rmse_average", "rmse_rank_average", "cosine_logfc"):
-        line = next(line for line in output.splitlines() if line.startswith(f"{metric} "))
-        assert ours[metric] == float(line.split()[-1])
-    table = pd.read_csv(tmp_path / "table.csv", index_col=0)
-    assert table["PRiMeFlow"]["rmse_average"] == pytest.approx(ours["rmse_average"], rel=1e-3)
+@pytest.mark.parametrize("kind", list(DATA))
+def test_our_train_learns_and_scores_as_perturbenchs_from_the_same_seed(perturbench_run, tmp_path, data, kind):
+    folder, output = perturbench_run
+    if kind != "transfer":
+        folder = tmp_path / "perturbench"
+        output = perturbench_train(data, folder, kind)
+    ours = our_train(data, tmp_path / "ours", kind)
+    assert_same_weights(folder, tmp_path / "ours")
+    assert printed(ours) == printed(output) != {}
+    table = pd.read_csv(tmp_path / "ours" / "table.csv", index_col=0)
+    for metric, value in printed(output).items():
+        assert table["PRiMeFlow"][metric] == pytest.approx(value, rel=1e-3)
     assert table["control"].notna().all()
-    assert ad.read_h5ad(tmp_path / "predicted.h5ad").n_vars == 128
+    assert ad.read_h5ad(tmp_path / "ours" / "predicted.h5ad").n_vars == 128
+
+
+# Trains on the embedded subset, with the batches that another run recorded.
+WITH_THESE_BATCHES = """
+import sys
+import torch
+from primeflow_perturbench.perturbench.embedded.data import modules
+
+epochs = torch.load(sys.argv.pop(1), weights_only=False)["cells"]
+
+
+class Batches(modules.EpochBatches):
+    def __iter__(self):
+        return iter([[self.position[cell] for cell in batch] for batch in epochs[self.epoch]])
+
+
+def train_dataloader(self):
+    sampler = Batches(len(self.train_iterator), self.batch_size, shuffle=True)
+    sampler.position = {name: i for i, name in enumerate(self.train_iterator.cells.names)}
+    return modules.BatchLoader(self.train_iterator, sampler=sampler, **self.loader)
+
+
+modules.AnnDataLitModule.train_dataloader = train_dataloader
+from primeflow_perturbench.cli.train import main
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transfer", "embeddings"])
+def test_the_embedded_subset_learns_the_same_from_the_same_batches(perturbench_run, tmp_path, data, kind):
+    folder, output = perturbench_run
+    if kind != "transfer":
+        folder = tmp_path / "perturbench"
+        output = perturbench_train(data, folder, kind)
+    overrides = [*settings(data, tmp_path / "embedded", kind), *LIKE_PERTURBENCH]
+    script = tmp_path / "embedded.py"
+    script.write_text(WITH_THESE_BATCHES)
+    call(str(script), str(folder / "recorded.pt"), *overrides, environment={"PRIMEFLOW_BENCHMARK": "embedded"})
+    assert_same_weights(folder, tmp_path / "embedded")
+    table = pd.read_csv(tmp_path / "embedded" / "table.csv", index_col=0)
+    for metric, value in printed(output).items():
+        assert table["PRiMeFlow"][metric] == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_the_embedded_subset_draws_the_same_split(perturbench_run, tmp_path, data):
     folder, _ = perturbench_run
-    call(
-        *("-m", "primeflow_perturbench.cli.train", "data=norman19_no_controls", *MODEL, *LIKE_PERTURBENCH),
-        *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"hydra.run.dir={tmp_path}"),
-        environment={"PRIMEFLOW_BENCHMARK": "embedded"},
-    )
+    our_train(data, tmp_path, "transfer", "test=false", environment={"PRIMEFLOW_BENCHMARK": "embedded"})
     splits = [pd.read_csv(path / "train_test_split.csv", header=None, index_col=0)[1] for path in (folder, tmp_path)]
     pd.testing.assert_series_equal(*splits)
 
@@ -170,8 +272,9 @@ def test_our_experiments_resolve_in_perturbenchs_train(start):
 
 @pytest.mark.slow
 def test_other_models_are_unaffected_by_our_plugin():
-    seen = call("-m", "perturbench.modelcore.train", "--cfg", "job")
-    hidden = call("-c", HIDING, "--cfg", "job")
+    given = ["data=norman19", "--cfg", "job"]
+    seen = call("-m", "perturbench.modelcore.train", *given)
+    hidden = call("-c", HIDING, *given)
     assert seen == hidden
     assert "primeflow" not in seen
 
