@@ -17,6 +17,12 @@ def quoted(names: Iterable[object], limit: int = 10) -> str:
     return _listed([repr(str(name)) for name in names], limit)
 
 
+def brief(value: object, length: int = 80) -> str:
+    """The start of a value as Python writes it."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def counted(names: Sized, noun: str) -> str:
     """The number of names with the noun in singular or plural: ``1 gene``, ``2 genes``."""
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"

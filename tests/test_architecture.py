@@ -25,7 +25,7 @@ LAYERS = (
     ("networks", "flow"),
     # Every layer may import these; they import each other and the lowest layer.
     ("data", "simulation", "perturbench"),
-    ("labels", "files", "console", "errors"),
+    ("labels", "annotations", "files", "console", "errors"),
 )
 HEIGHT = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 

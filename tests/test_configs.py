@@ -206,6 +206,28 @@ def test_a_root_leaves_open_only_what_a_user_must_give(root, tmp_path):
     assert OmegaConf.missing_keys(cfg) == expected[root]
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "challenge.counts=true",
+        "challenge=null",
+        "finetune=true",
+        "label=name",
+        "objective={rmse_average: 1}",
+        "finetuning.freeze=[genes]",
+        "finetuning.lr_factor={genes: 0.1}",
+        "model.conditions.continuous={dose: log1p}",
+        "data.data.backed=true",
+    ],
+)
+def test_settings_without_a_default_need_no_plus_sign(override, tmp_path):
+    check_types(compose(override, "data.data.filename=x.h5ad", folder=tmp_path))
+
+
+def test_a_manifests_heldout_pairs_need_no_plus_sign(tmp_path):
+    check_types(compose("data=atlas", "data.heldout=x.csv", "data.data.filename=x.yaml", folder=tmp_path))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_takes_a_step_and_is_tested(model, tmp_path, data_folder):
     overrides = [

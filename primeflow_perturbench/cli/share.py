@@ -1,7 +1,6 @@
 """``primeflow share``: write a trained model as a folder that others can load."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,11 @@ def share_checkpoint(
 
 def run_data(run: Path) -> dict[str, Any] | None:
     """The record of its data in a run's ``environment.json``; ``None`` if there is none."""
+    from primeflow_perturbench.files import read_json
+
     path = run / "environment.json"
-    return json.loads(path.read_text()).get("data") if path.is_file() else None
+    record = read_json(path) if path.is_file() else {}
+    return record.get("data") if isinstance(record, dict) else None
 
 
 def run_metrics(run: Path) -> dict[str, float] | None:

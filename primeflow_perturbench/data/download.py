@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.table import Table
 from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.data.archives import gunzip, untar
 from primeflow_perturbench.errors import InputError, first_line, nearest
-from primeflow_perturbench.files import file_hash, write_json
+from primeflow_perturbench.files import file_hash, read_json, write_json
 
 REPOSITORY = "altoslabs/perturbench"
 LOCK = "perturbench.lock.json"
@@ -76,7 +75,7 @@ class Lock:
         if not path.exists():
             return cls(folder)
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             return cls(folder, content["revision"], dict(content["files"]))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(

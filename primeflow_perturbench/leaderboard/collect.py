@@ -1,6 +1,5 @@
 """Finished runs, read from their folders and checked to be comparable."""
 
-import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import yaml
 
 from primeflow_perturbench.data.checks import read_h5ad
 from primeflow_perturbench.errors import InputError, counted, first_line
 from primeflow_perturbench.evaluation.references import SplitCells
-from primeflow_perturbench.files import file_hash
+from primeflow_perturbench.files import file_hash, read_json, read_yaml
 
 ENVIRONMENT, TRIAL, SETTINGS = "environment.json", "trial.json", "config.yaml"
 TABLE, SCORES = "table.csv", "per_condition.parquet"
@@ -158,6 +156,10 @@ def collect(paths: Iterable[str | Path]) -> Collection:
         except InputError as error:
             excluded.append(_exclude(folder, trial, UNFINISHED, str(error)))
             continue
+        except Exception as error:  # a damaged record can hold anything, and must not cost the other runs
+            reason = f"{folder}: its records are damaged ({type(error).__name__}: {first_line(error)}); repeat the run"
+            excluded.append(_exclude(folder, {}, UNFINISHED, reason))
+            continue
         if run is None:
             continue
         other = runs.setdefault((run.group, run.label, run.seed), run)
@@ -265,12 +267,11 @@ def _check_mapping(path: Path, content: Any) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return _check_mapping(path, _read(path, lambda file: json.loads(file.read_text()), "JSON"))
+    return _check_mapping(path, _read(path, read_json, "JSON"))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    settings = _check_mapping(path, _read(path, lambda file: yaml.load(file.read_text(), Loader=loader), "YAML"))
+    settings = _check_mapping(path, _read(path, read_yaml, "YAML"))
     data = settings.get("data")
     if not (isinstance(data, dict) and isinstance(data.get("data_iter_factory"), dict)):
         raise InputError(f"{path} lacks data.data_iter_factory; repeat the run")

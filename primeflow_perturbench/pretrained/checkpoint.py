@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.files import read_yaml
 from primeflow_perturbench.perturbench.backend import load_embedded
 from primeflow_perturbench.pretrained.load import read_folder
 
@@ -38,9 +39,12 @@ def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
 def run_settings(checkpoint: Path) -> DictConfig:
     """Settings of the run that wrote a checkpoint; empty if there is no ``config.yaml``."""
     config = config_beside(checkpoint)
-    found = OmegaConf.load(config) if checkpoint.is_file() and config.is_file() else OmegaConf.create()
-    assert isinstance(found, DictConfig)
-    return found
+    found = read_yaml(config) if checkpoint.is_file() and config.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{config}: found no settings, expected those of the run; repeat the run, or remove the file"
+        )
+    return OmegaConf.create(found)
 
 
 def config_beside(checkpoint: Path) -> Path:

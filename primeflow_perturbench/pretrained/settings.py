@@ -2,15 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.annotations import described, fits
+from primeflow_perturbench.errors import InputError, brief
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace
 from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.solver import ODESolver
@@ -23,8 +22,6 @@ store_plain = load_embedded("modelcore.checkpoints.store_plain")
 TARGET = "_target_"
 # Paths of files on the machine of the training.
 NOT_SHARED = ("initial_vectors", "embeddings")
-# Integers up to this one are exact as floats.
-LARGEST = 2**53
 
 
 def to_json(name: str, value: Any) -> Any:
@@ -104,7 +101,7 @@ def from_json(value: Any, where: str) -> Any:
         return value
     target = _classes().get(value[TARGET]) if isinstance(value[TARGET], str) else None
     if target is None:
-        raise InputError(f"{where} names the {TARGET} {_brief(value[TARGET])}, which is not a class of a shared model")
+        raise InputError(f"{where} names the {TARGET} {brief(value[TARGET])}, which is not a class of a shared model")
     known, hints = _defaults(target), get_type_hints(target.__init__)
     arguments = {}
     for name, setting in value.items():
@@ -112,8 +109,8 @@ def from_json(value: Any, where: str) -> Any:
             continue
         if name not in known:
             raise InputError(f"{where} has the unknown setting {name!r}; known settings are {', '.join(known)}")
-        if not (isinstance(setting, dict) and TARGET in setting) and not _fits(setting, hints[name]):
-            raise InputError(f"{where}.{name} must be {_words(hints[name])}, got {_brief(setting)}")
+        if not (isinstance(setting, dict) and TARGET in setting) and not fits(setting, hints[name]):
+            raise InputError(f"{where}.{name} must be {described(hints[name])}, got {brief(setting)}")
         arguments[name] = from_json(setting, f"{where}.{name}")
     if not is_dataclass(target):
         return partial(target, **arguments)
@@ -137,37 +134,3 @@ def _defaults(target: Any) -> dict[str, Any]:
         for name, parameter in parameters.items()
         if parameter.default is not parameter.empty and name not in NOT_SHARED
     }
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value from JSON has an annotated type; numbers must be finite, and integers exact."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if origin is Sequence:
-        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
-    if origin is Mapping:
-        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
-    if annotation is int or (annotation is float and type(value) is int):
-        return type(value) is int and abs(value) <= LARGEST
-    if annotation is float:
-        return type(value) is float and math.isfinite(value)
-    return annotation in (bool, str, NoneType) and type(value) is annotation
-
-
-def _words(annotation: Any) -> str:
-    """An annotation for error messages: ``float``, ``int or 'auto'``."""
-    parts = get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(map(_words, parts))
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(repr, parts))
-    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", NoneType: "null"}
-    return names.get(annotation, str(annotation))
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,5 @@
 """One trial of a multirun: its name, its folder, and the record that it leaves whether it succeeds or fails."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from primeflow_perturbench.console import PlainConsole
 from primeflow_perturbench.errors import InputError, first_line, quoted
-from primeflow_perturbench.files import write_json
+from primeflow_perturbench.files import read_json, write_json
 from primeflow_perturbench.training import resolvers
 from primeflow_perturbench.training.reuse import run_digest
 
@@ -75,9 +74,7 @@ def read_record(folder: Path) -> TrialRecord | None:
     """
     path = folder / TRIAL
     try:
-        return TrialRecord(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
+        return TrialRecord(**read_json(path)) if path.exists() else None
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{path} is no record of a trial ({first_line(error)}): remove its folder to run the trial again"

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.files import read_json
 from primeflow_perturbench.perturbench.backend import backend
 
 if TYPE_CHECKING:
@@ -121,9 +123,10 @@ def _changed(cfg: DictConfig, values: Mapping[str, Any]) -> DictConfig:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RECORD).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        record = read_json(folder / RECORD)
+    except InputError:
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _digest(cfg: DictConfig, excluded: Iterable[str]) -> str:

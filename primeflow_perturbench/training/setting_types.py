@@ -3,21 +3,19 @@
 Hydra's command line turns ``true``, ``3`` and ``null`` into values of Python and everything else into text.
 """
 
-import math
-import os
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from inspect import signature
-from types import NoneType, UnionType
 from typing import Any, Literal
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader
 
-from primeflow_perturbench.errors import InputError, first_line, with_nearest
+from primeflow_perturbench.annotations import described, fits
+from primeflow_perturbench.errors import InputError, brief, first_line, with_nearest
 from primeflow_perturbench.flow.solver import ODESolver
 from primeflow_perturbench.perturbench.backend import load_embedded
 from primeflow_perturbench.sampling.settings import SamplingSettings
@@ -107,6 +105,8 @@ LEAST = {
 }
 NOT_ZERO = ("model.lr", "trainer.val_check_interval")
 NO_LIMIT = ("trainer.max_steps", "trainer.max_epochs")
+# Lightning's largest seed.
+MOST = {"seed": 2**32 - 1}
 # Types of other packages are not checked: PerturBench's are not always those that its configs use.
 CHECKED = ("primeflow_perturbench.", "lightning.")
 
@@ -127,14 +127,16 @@ def check_types(cfg: DictConfig) -> None:
 def check_values(settings: Mapping[str, Any]) -> None:
     """As `check_types`, of resolved settings."""
     for key, value, kind in declared(settings):
-        if not fits(value, kind):
-            raise InputError(f"{key} must be {described(kind)}, got {value!r}")
+        if value != MISSING and not fits(value, kind, loose=True):
+            raise InputError(f"{key} must be {described(kind)}, got {brief(value)}")
         for each in value if isinstance(value, list) else [value]:
             check_least(key, each)
 
 
 def check_least(key: str, value: Any) -> None:
-    """Raise `InputError` if a number is below the least value of its setting."""
+    """Raise `InputError` if a number is below the least, or above the largest, value of its setting."""
+    if isinstance(value, int) and value > MOST.get(key, value):
+        raise InputError(f"{key} must be at most {MOST[key]}, got {value}")
     least = next((least for pattern, least in LEAST.items() if fnmatch(key, pattern)), None)
     if least is None or isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -198,46 +200,3 @@ def signature_types(built: Callable) -> dict[str, Any]:
         else:
             return {}
     return found
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a configuration has a type. Types that are built from settings accept any mapping."""
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if value == "???" or kind in (Any, object):
-        return True
-    if origin in (typing.Union, UnionType):
-        return any(fits(value, each) for each in inner)
-    if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
-    if kind is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    if kind in (bool, int, NoneType):
-        return type(value) is kind
-    if is_text(origin):
-        # A label, a column or a file may look like a number.
-        return type(value) in (str, int, float)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list) and all(fits(each, inner[0] if inner else Any) for each in value)
-    if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(fits(each, inner[1] if inner else Any) for each in value.values())
-    return isinstance(value, dict | list)
-
-
-def described(kind: Any) -> str:
-    """A type in words."""
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, UnionType):
-        return " or ".join(dict.fromkeys(described(each) for each in inner))
-    if origin is Literal:
-        return " or ".join("false" if each is False else repr(each) for each in inner)
-    if origin in (list, tuple, Sequence):
-        return f"a list of {described(inner[0])}" if inner else "a list"
-    if is_text(origin):
-        return "text"
-    words = {Any: "anything", bool: "true or false", int: "a whole number", float: "a finite number", NoneType: "null"}
-    return words.get(origin, "a mapping of settings")
-
-
-def is_text(origin: Any) -> bool:
-    """Whether a type is text or a path."""
-    return origin is str or (isinstance(origin, type) and issubclass(origin, os.PathLike))

@@ -10,9 +10,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from primeflow_perturbench.errors import InputError, first_line, nearest, quoted
+from primeflow_perturbench.errors import InputError, brief, nearest, quoted
+from primeflow_perturbench.files import read_yaml
 
 # Columns that an atlas always has, and the covariate that `modality` sets.
 DATASET, CONDITION, METHOD = "dataset", "condition", "method"
@@ -83,7 +82,7 @@ def read_manifest(path: str | Path) -> Manifest:
     _check_keys(given, ("files", "covariates", "genes"), path)
     files = given.get("files")
     if not isinstance(files, list) or not files:
-        raise invalid(f"{path}, files", repr(files), "a list of files", "give the path and dataset of each file")
+        raise invalid(f"{path}, files", brief(files), "a list of files", "give the path and dataset of each file")
     where = f"{path}, covariates"
     covariates = _names(given.get("covariates") or [], where)
     if reserved := {DATASET, CONDITION} & set(covariates):
@@ -134,13 +133,7 @@ def _load(path: Path) -> dict[str, Any]:
         match = nearest(path.name, (other.name for other in path.parent.glob("*.y*ml")))
         hint = f"did you mean {match!r}?" if match else "check the path"
         raise invalid(path, "a folder" if path.is_dir() else "no such file", expected, hint)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        text = getattr(error, "problem", None) or first_line(error)
-        raise invalid(path, f"text that is not YAML{line} ({text})", expected, "correct it there") from error
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise invalid(path, "no keys at all", expected, "give files, covariates and genes")
     return given
@@ -151,13 +144,13 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: object) -
         if key not in known:
             match = nearest(key, known)
             hint = f"did you mean {match!r}?" if match else "remove it"
-            raise invalid(where, f"the unknown key {str(key)!r}", f"keys among {quoted(known, 20)}", hint)
+            raise invalid(where, f"the unknown key {brief(str(key))}", f"keys among {quoted(known, 20)}", hint)
 
 
 def _file(given: object, covariates: Sequence[str], manifest: Path, number: int) -> AtlasFile:
     where = f"{manifest}, files[{number}]"
     if not isinstance(given, dict):
-        raise invalid(where, repr(given), "a mapping with path and dataset", "write 'path: ...' and 'dataset: ...'")
+        raise invalid(where, brief(given), "a mapping with path and dataset", "write 'path: ...' and 'dataset: ...'")
     _check_keys(given, [*sorted(field.name for field in dataclasses.fields(AtlasFile)), "modality"], where)
     given = {key: value for key, value in given.items() if value is not None or key == "delimiter"}
     control, delimiter = given.get("control", CONTROL), given.get("delimiter", DELIMITER)
@@ -166,7 +159,7 @@ def _file(given: object, covariates: Sequence[str], manifest: Path, number: int)
 
     def check(key: str, holds: bool, expected: str, hint: str) -> None:
         if not holds:
-            raise invalid(f"{where}, {key}", repr(given.get(key)), expected, hint)
+            raise invalid(f"{where}, {key}", brief(given.get(key)), expected, hint)
 
     for key in ("path", "dataset"):
         check(key, isinstance(given.get(key), str) and given[key].strip() != "", "text", f"give the {key} of the file")
@@ -182,9 +175,9 @@ def _file(given: object, covariates: Sequence[str], manifest: Path, number: int)
         for name, value in given[key].items():
             if name not in covariates:
                 hint = "add it to the covariates of the manifest, or remove it"
-                raise invalid(f"{where}, {key}", repr(name), f"covariates of the atlas, {quoted(covariates)}", hint)
+                raise invalid(f"{where}, {key}", brief(name), f"covariates of the atlas, {quoted(covariates)}", hint)
             if isinstance(value, bool) or not isinstance(value, str | Real):
-                raise invalid(f"{where}, {key}, {name}", repr(value), "text or a number", "put text in quotes")
+                raise invalid(f"{where}, {key}, {name}", brief(value), "text or a number", "put text in quotes")
     columns, constants = given["covariates"], dict(given["constants"])
     if both := sorted(set(columns) & set(constants)):
         found = f"the covariate {both[0]!r} under covariates and under constants"
@@ -204,7 +197,7 @@ def _file(given: object, covariates: Sequence[str], manifest: Path, number: int)
 
 def _names(given: object, where: str) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(name, str) and name.strip() for name in given):
-        raise invalid(where, repr(given), "a list of names", "write '[first, second]'")
+        raise invalid(where, brief(given), "a list of names", "write '[first, second]'")
     twice = [name for name, n in Counter(given).items() if n > 1]
     if twice:
         raise invalid(where, f"{twice[0]!r} more than once", "different names", "write it once")

@@ -127,9 +127,9 @@ def target_columns(parts: Sequence[Sequence[str]], gene_names: Sequence[str]) ->
 
 def challenge_settings(cfg: DictConfig, run: DictConfig) -> dict[str, Any]:
     """Settings ``challenge`` of a prediction: null takes that of the model's run, false and "none" become ``None``."""
-    given = OmegaConf.to_container(cfg.challenge, resolve=True)
     trained = OmegaConf.select(run, "challenge")
     trained = {} if trained is None else OmegaConf.to_container(trained, resolve=True)
+    given = dict.fromkeys(trained) if cfg.challenge is None else OmegaConf.to_container(cfg.challenge, resolve=True)
     if unknown := [name for name in trained if name not in given]:
         raise InputError(f"the run's config.yaml sets the unknown challenge.{unknown[0]}; known are {', '.join(given)}")
     chosen = {name: trained.get(name) if value is None else value for name, value in given.items()}
