@@ -181,7 +181,7 @@ def check_extra(target: str) -> None:
     assert set(re.findall(r"\w+", target.removeprefix("."))) <= set(extras), target
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """A command line was accepted."""
 
 
