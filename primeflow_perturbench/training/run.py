@@ -1,6 +1,8 @@
 """One run, from its settings to its table: prepare and check the data, train, generate, score."""
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import anndata as ad
 import hydra
 import lightning as L
 import pandas as pd
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -78,20 +81,21 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if is_finished(cfg):
         console.print(f"Already finished; the run is in {folder}")
         return pd.read_csv(folder / "table.csv", index_col=0) if cfg.test else None
+    with alone_in(folder):
+        return new_run(cfg, console, folder, digest)
+
+
+def new_run(cfg: DictConfig, console: Console, folder: Path, digest: str) -> pd.DataFrame | None:
+    """A run that its folder does not hold yet, see `train_run`; ``digest`` marks it as finished."""
     if shares_training(cfg):
         cfg = with_shared_training(cfg, lambda training: train_run(training, console))
     if cfg.prepare is not None:
         hydra.utils.instantiate(cfg.prepare)
     cells = None if reads_atlas(cfg) else open_cells(cfg, console)
-    is_first = rank_zero_only.rank == 0
     record: dict[str, Any] = {"backend": backend(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-    if is_first:
-        with replacing(folder / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), temporary)
-        write_json(folder / "environment.json", record)
     start = time.perf_counter()
-    done = fit_and_test(cfg, console)
-    if not is_first:
+    done = fit_and_test(cfg, console, record)
+    if rank_zero_only.rank != 0:
         return None
     module, earlier = done["datamodule"], {} if cfg.train else earlier_costs(cfg.ckpt_path)
     # Hashing a large file takes a while, so it waits until the model has accepted the settings.
@@ -151,21 +155,71 @@ def open_cells(cfg: DictConfig, console: Console) -> ad.AnnData:
     return cells
 
 
-def fit_and_test(cfg: DictConfig, console: Console) -> dict[str, Any]:
+def fit_and_test(cfg: DictConfig, console: Console, record: Mapping[str, Any]) -> dict[str, Any]:
     """Train, and generate the cells of the test conditions as ``predicted.h5ad`` in the run's folder.
+
+    The ``record`` of the run is written before training.
 
     Returns
     -------
     The trainer, the model and the data module, by name.
     """
     folder = Path(cfg.paths.output_dir)
+    callbacks = [WriteSettings(folder, cfg, record), ReportFinetuning(folder, console), KeepPredictions(folder)]
     try:
-        return train(cfg, callbacks=[ReportFinetuning(folder, console), KeepPredictions(folder)])
+        return train(cfg, callbacks=callbacks)
     except SystemExit as stop:  # Lightning raises it on Ctrl-C, after the callbacks have saved.
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():
             console.print(f"Interrupted. To go on, run the same command with ckpt_path={checkpoint}")
         raise SystemExit(INTERRUPTED) from stop
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; `InputError` if one is at work there. The lock ends with the process."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".training.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another run is at work in {folder}; wait for its end, or give another folder as hydra.run.dir=PATH"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class WriteSettings(L.Callback):
+    """Writes the settings and the record of a run once its data and checkpoint are accepted.
+
+    A refused run must not replace the settings of the run whose folder it would have used.
+
+    Parameters
+    ----------
+    folder
+        Folder of the run.
+    cfg
+        Its settings.
+    record
+        Content of its ``environment.json``.
+    """
+
+    def __init__(self, folder: Path, cfg: DictConfig, record: Mapping[str, Any] | None):
+        self.folder, self.cfg, self.record = folder, cfg, record
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the files before the first stage."""
+        if trainer.is_global_zero and self.record is not None:
+            with replacing(self.folder / "config.yaml") as temporary:
+                OmegaConf.save(OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True)), temporary)
+            write_json(self.folder / "environment.json", self.record)
+            self.record = None
 
 
 class KeepPredictions(L.Callback):

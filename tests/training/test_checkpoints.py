@@ -10,14 +10,17 @@ import pytest
 import torch
 from builders import compose_config
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import nn
 
 from primeflow_perturbench import cli
+from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.model import PRiMeFlow
 from primeflow_perturbench.perturbench.embedded.errors import DataError
 from primeflow_perturbench.perturbench.embedded.modelcore import checkpoints
 from primeflow_perturbench.perturbench.embedded.modelcore.checkpoints import CheckpointIO, load_checkpoint
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.training.run import alone_in, train_run
 
 SCREEN = Path(__file__).parents[1] / "files" / "screen"
 SETTINGS = [
@@ -25,6 +28,7 @@ SETTINGS = [
     f"data.data.filename={SCREEN / 'screen.h5ad'}",
     f"data.splitter.split_path={SCREEN / 'split.csv'}",
     "data.splitter.save=false",
+    "run_name=run",
     "trainer.max_steps=2",
     "trainer.val_check_interval=2",
     "+trainer.limit_val_batches=1",
@@ -211,3 +215,52 @@ def test_a_cut_or_foreign_file_is_no_checkpoint(run, tmp_path, size):
     path.write_bytes(last(run).read_bytes()[:size])
     with pytest.raises(DataError, match="is not a checkpoint of a perturbation model, or is cut short"):
         load_checkpoint(path)
+
+
+# --- the folder of a run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(tmp_path) -> tuple[list[str], Path]:
+    """Settings and folder of a run with all its files."""
+    settings = [*SETTINGS, *MODELS["primeflow"], "data/splitter=transfer", "data.splitter.save=true"]
+    settings = [item for item in settings if "split_path" not in item and item != "data/splitter=saved"]
+    cfg = compose_config(settings)
+    cfg.paths.output_dir = str(tmp_path / "run")
+    train_run(cfg, Console(quiet=True))
+    return settings, tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.splitter.splitter_seed=3"], "another split"),
+        (["model.network.width=16"], "is not of the PRiMeFlow of these settings"),
+        (["ckpt_path=no.ckpt"], "there is no checkpoint"),
+    ],
+)
+def test_a_refused_run_changes_nothing_in_its_folder(finished, overrides, message):
+    settings, folder = finished
+    before = content(folder)
+    assert {"config.yaml", "environment.json", "train_test_split.csv"} <= {Path(name).name for name in before}
+    cfg = compose_config([*settings, f"ckpt_path={last(folder)}", *overrides, "trainer.max_steps=4"])
+    cfg.paths.output_dir = str(folder)
+    with pytest.raises(ValueError, match=message):
+        train_run(cfg, Console(quiet=True))
+    assert content(folder) == before
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(finished):
+    settings, folder = finished
+    before = content(folder)
+    cfg = compose_config([*settings, "trainer.max_steps=3"])
+    cfg.paths.output_dir = str(folder)
+    with alone_in(folder), pytest.raises(InputError, match="another run is at work"):
+        train_run(cfg, Console(quiet=True))
+    assert content(folder) == before
+    train_run(cfg, Console(quiet=True))
+    assert load_checkpoint(last(folder))["global_step"] == 3
