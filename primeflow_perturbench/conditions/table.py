@@ -257,6 +257,6 @@ def summed_embeddings(parts: Sequence[Parts], embeddings: pd.DataFrame, key: str
             f"{where}, column {key!r} has {counted(unknown, 'perturbation')} without a row in the perturbation "
             f"embeddings, {with_nearest(unknown, rows)}; add the rows or drop these conditions"
         )
-    vectors = embeddings.to_numpy(np.float32)
+    vectors = embeddings.to_numpy(np.float64)
     summed = [vectors[sorted({rows[name] for name in names})].sum(axis=0) for names in parts]
-    return torch.from_numpy(np.stack(summed))
+    return torch.from_numpy(np.stack(summed)).float()

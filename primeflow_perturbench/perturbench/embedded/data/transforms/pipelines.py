@@ -73,7 +73,7 @@ class LinearModelPipeline:
                     f"among them {', '.join(missing[:5])}; add their rows or drop their cells"
                 )
             self._perturbation_rows = {name: row for row, name in enumerate(perturbation_embeddings.index)}
-            self.perturbation_vectors = torch.tensor(perturbation_embeddings.to_numpy(np.float32))
+            self.perturbation_vectors = torch.tensor(perturbation_embeddings.to_numpy(np.float64))
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors from which `from_state` rebuilds the pipeline."""
@@ -123,7 +123,10 @@ class LinearModelPipeline:
         rows = [self._perturbation_rows[part] for parts in labels for part in parts]
         # One assignment for all cells: one per cell would take longer than the rest of the transform.
         multi_hot[cells, rows] = 1.0
-        return multi_hot if self.perturbation_vectors is None else multi_hot @ self.perturbation_vectors
+        if self.perturbation_vectors is None:
+            return multi_hot
+        # Summed before they are rounded, as in PerturBench.
+        return (multi_hot.double() @ self.perturbation_vectors).float()
 
     def _covariate(self, name: str, values) -> Tensor:
         """One-hot (B, n) of a categorical covariate, (B, 1) of a numeric one."""
