@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -16,7 +16,30 @@ class Schedule(LambdaLR):
     """Learning rate of each group as a share of its peak, given the step.
 
     A checkpoint stores the step alone, so that training that goes on with another length or peak follows those.
+
+    Parameters
+    ----------
+    optimizer
+        Optimizer, whose learning rates are the peaks.
+    share_of
+        ``(total_steps) -> (step) -> share``.
+    total_steps
+        Steps of the whole run; ``None`` if `set_length` will tell them before the first step.
     """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        share_of: Callable[[int], Callable[[int], float]],
+        total_steps: int | None,
+    ):
+        self.share_of, self.total_steps = share_of, total_steps
+        super().__init__(optimizer, without_length if total_steps is None else share_of(total_steps))
+
+    def set_length(self, total_steps: int) -> None:
+        """Set the steps of the whole run, and the rates of the step that has been reached."""
+        self.total_steps, self.lr_lambdas = total_steps, [self.share_of(total_steps)] * len(self.lr_lambdas)
+        self.load_state_dict(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The step."""
@@ -25,13 +48,25 @@ class Schedule(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the step of a state, at the rates that this schedule has there."""
         self.last_epoch = state_dict["last_epoch"]
+        if self.total_steps is None:
+            return
         self._last_lr = self.get_lr()
         for group, peak, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
             group["initial_lr"], group["lr"] = peak, rate
 
 
+def without_length(step: int) -> float:
+    """Share of the peak before the length of the run is known."""
+    if step > 0:
+        raise InputError(
+            "the schedule needs the length of the training: set model.lr_scheduler.conf.total_steps, or add the "
+            "callback primeflow_perturbench.training.schedule.SetScheduleLength"
+        )
+    return 0.0
+
+
 def warmup_cosine(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, final_fraction: float = 0.0
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int | None = None, final_fraction: float = 0.0
 ) -> Schedule:
     """Linear warm-up to the optimizer's learning rate, then half a cosine down (Loshchilov and Hutter 2017).
 
@@ -42,7 +77,7 @@ def warmup_cosine(
     warmup_steps
         Steps of the warm-up, at most a tenth of the run.
     total_steps
-        Steps of the whole run.
+        Steps of the whole run; ``None`` if `SetScheduleLength` sets them.
     final_fraction
         Learning rate at the end as a share of the peak.
 
@@ -51,24 +86,50 @@ def warmup_cosine(
     InputError
         If a number of steps or the fraction is out of range.
     """
-    if total_steps < 1:
-        raise InputError(
-            f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total_steps}"
-        )
     if not warmup_steps >= 0:
         raise InputError(f"model.lr_scheduler.conf.warmup_steps must be at least 0, got {warmup_steps}")
     if not 0 <= final_fraction <= 1:
         raise InputError(f"model.lr_scheduler.conf.final_fraction must be from 0 to 1, got {final_fraction}")
-    warmup_steps = max(1, min(warmup_steps, total_steps // 10))
-    falling = max(1, total_steps - warmup_steps)
 
-    def share(step: int) -> float:
-        if step < warmup_steps:
-            return (1 + step * (warmup_steps - 1) / warmup_steps) / warmup_steps
-        cosine = math.cos(math.pi * min(step - warmup_steps, falling) / falling)
-        return final_fraction + (1 - final_fraction) * (1 + cosine) / 2
+    def share_of(total: int) -> Callable[[int], float]:
+        if total < 1:
+            raise InputError(f"a cosine schedule needs a positive number of steps: set trainer.max_steps, got {total}")
+        warmup = max(1, min(warmup_steps, total // 10))
+        falling = max(1, total - warmup)
 
-    return Schedule(optimizer, share)
+        def share(step: int) -> float:
+            if step < warmup:
+                return (1 + step * (warmup - 1) / warmup) / warmup
+            cosine = math.cos(math.pi * min(step - warmup, falling) / falling)
+            return final_fraction + (1 - final_fraction) * (1 + cosine) / 2
+
+        return share
+
+    return Schedule(optimizer, share_of, total_steps)
+
+
+class SetScheduleLength(L.Callback):
+    """Sets the length of each `Schedule` that was built without it, as PerturBench's own models do."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the length of every schedule that has none; the trainer knows it now."""
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, Schedule) and config.scheduler.total_steps is None:
+                config.scheduler.set_length(length_of(trainer))
+
+
+def length_of(trainer: L.Trainer) -> int:
+    """Number of steps of a run.
+
+    Raises
+    ------
+    InputError
+        If the run has no end.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise InputError("the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs")
+    return int(steps)
 
 
 def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, trainer: L.Trainer) -> dict[str, Any]:
@@ -98,10 +159,5 @@ def build_schedule(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, 
     arguments = dict.fromkeys(given, optimizer)
     takes_steps = "total_steps" in inspect.signature(conf).parameters
     if takes_steps and getattr(conf, "keywords", {}).get("total_steps") is None:
-        steps = trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise InputError(
-                "the schedule needs the length of the training: set trainer.max_steps or trainer.max_epochs"
-            )
-        arguments["total_steps"] = int(steps)
+        arguments["total_steps"] = length_of(trainer)
     return {"scheduler": conf(**arguments), **(config.get("extras") or {})}

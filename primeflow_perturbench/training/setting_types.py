@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from primeflow_perturbench.annotations import described, fits
 from primeflow_perturbench.errors import InputError, brief, first_line, with_nearest
 from primeflow_perturbench.flow.solver import ODESolver
-from primeflow_perturbench.perturbench.backend import load_embedded
+from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, load_embedded
 from primeflow_perturbench.sampling.settings import SamplingSettings
 from primeflow_perturbench.simulation.screen import ScreenSpec, simulate
 
@@ -158,6 +158,9 @@ def declared(node: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     types = parameter_types(key, target) if target is not None else {}
     if target is None and key in OBJECTS:
         types = signature_types(OBJECTS[key])
+        if key == "data.loader":
+            # PerturBench's loaders take more settings than PyTorch's.
+            types = types | {"ddp_mode": bool} if backend() == EMBEDDED else {}
         if key.startswith("model."):
             # In a prediction, null keeps the value of the checkpoint.
             types = {name: kind | None for name, kind in types.items()}

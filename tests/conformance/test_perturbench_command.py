@@ -15,6 +15,7 @@ from builders import compose_config
 from omegaconf import OmegaConf
 
 from primeflow_perturbench.perturbench.backend import backend
+from primeflow_perturbench.training.schedule import warmup_cosine
 
 pytestmark = pytest.mark.skipif(backend() != "perturbench", reason="needs a package perturbench")
 
@@ -215,6 +216,18 @@ def test_the_embedded_subset_draws_the_same_split(perturbench_run, tmp_path, dat
     our_train(data, tmp_path, "transfer", "test=false", environment={"PRIMEFLOW_BENCHMARK": "embedded"})
     splits = [pd.read_csv(path / "train_test_split.csv", header=None, index_col=0)[1] for path in (folder, tmp_path)]
     pd.testing.assert_series_equal(*splits)
+
+
+@pytest.mark.slow
+def test_perturbenchs_own_models_train_with_our_schedule(tmp_path, data):
+    given = [override for override in settings(data, tmp_path, "controls") if not override.startswith("model")]
+    schedule = ["+model/lr_scheduler=warmup_cosine", "model.lr_scheduler.conf.warmup_steps=2"]
+    call("-m", "perturbench.modelcore.train", *given, "model=linear_additive", "model.lr=0.01", *schedule)
+    found = recorded(tmp_path)["rates"]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+    expected = warmup_cosine(optimizer, warmup_steps=2, total_steps=len(found))
+    assert len(found) > 10
+    assert found == pytest.approx([0.01 * expected.lr_lambdas[0](step) for step in range(len(found))])
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.training.schedule import build_schedule, warmup_cosine
+from primeflow_perturbench.training.schedule import SetScheduleLength, build_schedule, warmup_cosine
 
 PEAK = 0.02
 
@@ -173,3 +174,51 @@ def test_a_schedule_without_a_length_gets_none():
 def test_a_run_without_an_end_is_an_error():
     with pytest.raises(ValueError, match=r"set trainer.max_steps or trainer.max_epochs"):
         entry(partial(warmup_cosine, warmup_steps=8, total_steps=None), steps=math.inf)
+
+
+class Line(L.LightningModule):
+    """A model that builds its scheduler without the length of the run, as PerturBench's own models do."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.weight, self.schedule, self.rates = torch.nn.Parameter(torch.ones(1)), schedule, []
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=PEAK)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+
+    def training_step(self, batch, batch_idx):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return (self.weight * batch).sum()
+
+
+def fit_line(schedule, folder, *callbacks, ckpt_path=None, **length):
+    model, quiet = Line(schedule), {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **length, **quiet)
+    trainer.fit(model, torch.utils.data.DataLoader(torch.ones(10)), ckpt_path=ckpt_path, weights_only=False)
+    trainer.save_checkpoint(folder / "line.ckpt")
+    return model.rates
+
+
+@pytest.mark.parametrize(("length", "total"), [({"max_steps": 14}, 14), ({"max_epochs": 2}, 20)])
+def test_a_callback_tells_the_length_to_a_schedule_that_lacks_it(tmp_path, length, total):
+    found = fit_line(partial(warmup_cosine, warmup_steps=2), tmp_path, SetScheduleLength(), **length)
+    assert found == pytest.approx([closed_form(step, max(1, min(2, total // 10)), total) for step in range(total)])
+
+
+def test_a_resumed_schedule_without_length_continues(tmp_path):
+    schedule = partial(warmup_cosine, warmup_steps=2)
+    fit_line(schedule, tmp_path, SetScheduleLength(), max_steps=10)
+    found = fit_line(schedule, tmp_path, SetScheduleLength(), ckpt_path=tmp_path / "line.ckpt", max_steps=20)
+    assert found == pytest.approx([closed_form(step, 2, 20) for step in range(10, 20)])
+
+
+def test_a_length_that_is_given_stays(tmp_path):
+    schedule = partial(warmup_cosine, warmup_steps=2, total_steps=40)
+    found = fit_line(schedule, tmp_path, SetScheduleLength(), max_steps=3)
+    assert found == pytest.approx([closed_form(step, 2, 40) for step in range(3)])
+
+
+def test_a_schedule_that_nobody_tells_its_length_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"needs the length of the training: set model.lr_scheduler.conf.total_steps"):
+        fit_line(partial(warmup_cosine, warmup_steps=2), tmp_path, max_steps=3)

@@ -104,12 +104,12 @@ class PerturbationModel(L.LightningModule, ABC):
         self.predict_anndata(data_tuple).write_h5ad(self.prediction_config.output_path + name)
 
 
-class MeanModel(PerturbationModel):
-    """A model of the stand-in that shifts control cells."""
+class LinearAdditive(PerturbationModel):
+    """A model of PerturBench by name, which shifts control cells."""
 
     COMPATIBLE_DATASETS = ("SingleCellPerturbationWithControls",)
 
-    def __init__(self, **settings):
+    def __init__(self, inject_covariates=False, **settings):
         super().__init__(**settings)
         self.save_hyperparameters()
         self.shift = torch.nn.Linear(self.n_input_perturbation_features, self.n_genes)
@@ -127,4 +127,4 @@ class MeanModel(PerturbationModel):
         return batch.gene_expression + self.shift(batch.perturbations)
 
 
-__all__ = ["MeanModel", "PerturbationModel"]
+__all__ = ["LinearAdditive", "PerturbationModel"]
