@@ -35,7 +35,7 @@ def is_ours(where, node):
     """Whether the parameters are our own, not inherited from a library."""
     target = get_object(node["_target_"])
     constructor = target.__init__ if inspect.isclass(target) else target
-    return constructor.__module__.startswith("primeflow_perturbench.") and where not in OTHER_SIZES
+    return getattr(constructor, "__module__", "").startswith("primeflow_perturbench.") and where not in OTHER_SIZES
 
 
 @pytest.mark.parametrize(("where", "node"), [pytest.param(*case, id=case[0]) for case in described()])

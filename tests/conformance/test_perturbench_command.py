@@ -38,7 +38,6 @@ MODEL = [
     "trainer.accelerator=cpu",
     "trainer.precision=32",
     "++trainer.max_epochs=2",
-    "++trainer.enable_progress_bar=false",
     "+callbacks.recorder._target_=recorder.Recorder",
 ]
 # Make our trainer and callbacks behave like PerturBench's.
@@ -50,6 +49,7 @@ LIKE_PERTURBENCH = [
     "trainer.num_sanity_val_steps=2",
     "~callbacks.ema",
     "~callbacks.progress_bar",
+    "++trainer.enable_progress_bar=false",
     "callbacks.model_checkpoint.every_n_train_steps=null",
     "references=[control]",
 ]
