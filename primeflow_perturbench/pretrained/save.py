@@ -1,5 +1,6 @@
 """Save a trained model as a folder: ``model.safetensors``, ``config.json`` and a ``README.md``."""
 
+import glob
 import importlib.metadata
 import os
 import re
@@ -13,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from primeflow_perturbench.errors import InputError
-from primeflow_perturbench.files import file_hash, write_json
+from primeflow_perturbench.files import file_hash, is_alive, write_json
 from primeflow_perturbench.pretrained.card import model_card
 from primeflow_perturbench.pretrained.config import CONFIG, FORMAT, VERSION, WEIGHTS, context_to_json
 from primeflow_perturbench.pretrained.load import build_model, read_folder
@@ -55,6 +56,7 @@ def save_model(
         If the folder cannot be replaced, or the model has a setting that cannot be shared.
     """
     folder = Path(folder).absolute()
+    clear_leftovers(folder)
     check_replaceable(folder, overwrite)
     if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", license):
         raise InputError(f"license must be an identifier such as bsd-3-clause, got {license!r}")
@@ -144,3 +146,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left beside a folder; the folder itself comes back if it was being replaced."""
+    for kind in ("old", "part"):
+        for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.{kind}"):
+            process = path.name.split(".")[-2]
+            if not process.isdigit() or is_alive(int(process)):
+                continue
+            if kind == "old" and not folder.exists():
+                path.rename(folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -32,6 +33,7 @@ from primeflow_perturbench.networks.gene_tokens import GeneTokens
 from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.networks.residual_mlp import ResidualMLP
 from primeflow_perturbench.networks.unet import UNet
+from primeflow_perturbench.pretrained.save import clear_leftovers
 from primeflow_perturbench.pretrained.settings import to_json
 from primeflow_perturbench.sampling.settings import SamplingSettings
 
@@ -716,3 +718,17 @@ def test_only_primeflow_checkpoints_can_be_shared(tmp_path, monkeypatch, capsys)
         assert stop.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    folder = tmp_path / "model"
+    for kind in ("old", "part"):
+        leftover = tmp_path / f".model.{killed.pid}.{kind}"
+        leftover.mkdir()
+        (leftover / "config.json").write_text(kind)
+    (tmp_path / f".model.{os.getpid()}.part").mkdir()
+    clear_leftovers(folder)
+    assert (folder / "config.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".model.{os.getpid()}.part", "model"]
