@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from primeflow_perturbench import PRiMeFlow, cli
 from primeflow_perturbench.perturbench.embedded.modelcore.checkpoints import load_checkpoint
+from primeflow_perturbench.sweeps import launch
 
 pytestmark = pytest.mark.slow
 SCREEN = Path(__file__).parent / "files" / "screen"
@@ -67,6 +68,7 @@ def command(arguments: list[str], log: str, limit: int | None, temporary: str) -
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.chdir(Path(log).parent)
+    launch.APPLICATION = ("-m", "cheap_trials")
     sys.argv = ["primeflow", *arguments]
     status = 1
     try:
@@ -163,7 +165,14 @@ def temporary(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     """A process that forks a process for each command."""
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    paths = [str(Path(__file__).parent / "sweeps"), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])]
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
     yield process
     process.stdin.close()
     process.wait(60)
@@ -243,6 +252,16 @@ def leaderboard_result(folder: Path) -> Any:
     return {path.name: path.read_text() for path in sorted((folder / "board").glob("*.csv"))}
 
 
+def sweep_case(run: Path, folder: Path) -> list[str]:
+    """A sweep of trials that write a number; see `sweeps/cheap_trials.py`."""
+    return ["sweep", "data.data.filename=cells.h5ad", "model=primeflow_mlp", "seed=0,1", "--output", str(folder / "s")]
+
+
+def sweep_result(folder: Path) -> Any:
+    records = [json.loads(path.read_text()) for path in folder.rglob("trial.json")]
+    return sorted((record["seed"], record["status"]) for record in records)
+
+
 CASES = {
     "train": (train_case, train_result),
     "predict": (predict_case, predict_result),
@@ -250,6 +269,7 @@ CASES = {
     "preprocess": (preprocess_case, predict_result),
     "share": (share_case, share_result),
     "leaderboard": (leaderboard_case, leaderboard_result),
+    "sweep": (sweep_case, sweep_result),
 }
 
 
@@ -271,7 +291,7 @@ def begun(request, server, run, tmp_path, temporary):
 
 
 @pytest.mark.parametrize("begun", CASES, indirect=True)
-def test_killed_commands_lose_nothing(begun):
+def test_kills_and_a_full_disk_cost_nothing(begun):
     commands, arguments, result, expected, seconds = begun
     moments = random.Random(0)
     kills = [(signal.SIGKILL, None), *((number, moments.uniform(0.1, 1) * seconds) for number in SIGNALS)]
@@ -279,25 +299,18 @@ def test_killed_commands_lose_nothing(begun):
         commands.kill(arguments, number, after)
         check_files(commands.folder)
         assert result(commands.folder) is not None
+    before = result(commands.folder)
+    if commands.run(arguments, limit=2000) != 0:
+        output = commands.log.read_text()
+        assert "error:" in output
+        assert "Traceback" not in output
+    check_files(commands.folder)
+    assert result(commands.folder) == before
     assert commands.run(arguments) == 0, commands.log.read_text()
     assert result(commands.folder) == expected
     check_files(commands.folder)
     assert not list(commands.folder.rglob(".*.part")), "leftovers are removed"
     assert not list(Path(commands.temporary).iterdir())
-
-
-@pytest.mark.parametrize("begun", CASES, indirect=True)
-def test_a_full_disk_costs_no_earlier_result(begun):
-    commands, arguments, result, *_ = begun
-    before = result(commands.folder)
-    status = commands.run(arguments, limit=2000)
-    output = commands.log.read_text()
-    check_files(commands.folder)
-    assert result(commands.folder) == before
-    assert not list(commands.folder.rglob(".*.part"))
-    if status != 0:
-        assert "Traceback" not in output
-        assert "error:" in output
 
 
 if __name__ == "__main__":

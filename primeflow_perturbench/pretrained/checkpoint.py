@@ -41,9 +41,7 @@ def run_settings(checkpoint: Path) -> DictConfig:
     config = config_beside(checkpoint)
     found = read_yaml(config) if checkpoint.is_file() and config.is_file() else {}
     if not isinstance(found, dict):
-        raise InputError(
-            f"{config}: found no settings, expected those of the run; repeat the run, or remove the file"
-        )
+        raise InputError(f"{config}: found no settings, expected those of the run; repeat the run, or remove the file")
     return OmegaConf.create(found)
 
 

@@ -217,6 +217,29 @@ def test_a_cut_or_foreign_file_is_no_checkpoint(run, tmp_path, size):
         load_checkpoint(path)
 
 
+# --- going on
+
+
+def test_a_training_with_other_groups_of_parameters_does_not_go_on(run, tmp_path):
+    cfg = config(tmp_path, *MODELS["primeflow"], "finetuning.freeze=[genes]", f"ckpt_path={last(run)}")
+    cfg.trainer.max_steps = 4
+    with pytest.raises(DataError, match="other groups of parameters"):
+        train(cfg)
+
+
+def test_a_resumed_run_does_not_trust_the_path_in_its_checkpoint(run, tmp_path):
+    """All steps are done, so the test loads what the checkpoint calls the best one."""
+    content = torch.load(last(run), weights_only=True)
+    evil = with_attack(last(run), tmp_path / "evil.ckpt", "attack")
+    for state in content["callbacks"].values():
+        state |= {"best_model_path": str(evil)} if "best_model_path" in state else {}
+    torch.save(content, tmp_path / "plain.ckpt")
+    cfg = config(tmp_path / "run", *MODELS["primeflow"], f"ckpt_path={tmp_path / 'plain.ckpt'}", "test=true")
+    with pytest.raises(DataError, match="could execute code"):
+        train(cfg)
+    assert not evil.with_suffix(".ran").exists()
+
+
 # --- the folder of a run
 
 
@@ -241,13 +264,14 @@ def finished(tmp_path) -> tuple[list[str], Path]:
         (["data.splitter.splitter_seed=3"], "another split"),
         (["model.network.width=16"], "is not of the PRiMeFlow of these settings"),
         (["ckpt_path=no.ckpt"], "there is no checkpoint"),
+        (["trainer.max_steps=1"], "has trained for 2 steps, more than trainer.max_steps=1"),
     ],
 )
 def test_a_refused_run_changes_nothing_in_its_folder(finished, overrides, message):
     settings, folder = finished
     before = content(folder)
     assert {"config.yaml", "environment.json", "train_test_split.csv"} <= {Path(name).name for name in before}
-    cfg = compose_config([*settings, f"ckpt_path={last(folder)}", *overrides, "trainer.max_steps=4"])
+    cfg = compose_config([*settings, f"ckpt_path={last(folder)}", "trainer.max_steps=4", *overrides])
     cfg.paths.output_dir = str(folder)
     with pytest.raises(ValueError, match=message):
         train_run(cfg, Console(quiet=True))

@@ -15,6 +15,11 @@ from .checkpoints import CheckpointIO, first_line, load_checkpoint, restore_reco
 
 log = logging.getLogger(__name__)
 
+OTHER_GROUPS = (
+    "{} was trained with other groups of parameters, so its optimizer does not fit; use the settings of finetuning of "
+    "its run, or start a new training from its weights with finetune=true"
+)
+
 
 def instantiate_all(config: Mapping[str, Any] | None) -> list[Any]:
     """Instantiate every entry of a config group, such as callbacks or loggers, that has a ``_target_``."""
@@ -89,16 +94,21 @@ def train(cfg: DictConfig, callbacks: Sequence[L.Callback] = ()) -> dict[str, An
     metrics: dict[str, Any] = {}
     if cfg.train:
         resume = None if cfg.get("finetune", False) else ckpt_path
-        trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=not trust)
+        try:
+            trainer.fit(model, datamodule=datamodule, ckpt_path=resume, weights_only=not trust)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise DataError(OTHER_GROUPS.format(ckpt_path)) from error
         metrics.update(trainer.callback_metrics)
     if cfg.test:
         best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
         tested = (best or None) if cfg.train else ckpt_path
         if cfg.train and tested is None:
             log.warning("No checkpoint was saved; the test uses the weights at the end of training.")
-        # A checkpoint that this run has written is trusted.
-        safely = not (cfg.train or trust)
-        trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=safely, verbose=False)
+        # A run trusts the checkpoint that it has written. After a resumed one, the path may come from another file.
+        trust = trust or (cfg.train and resume is None)
+        trainer.test(model, datamodule=datamodule, ckpt_path=tested, weights_only=not trust, verbose=False)
         metrics.update(trainer.callback_metrics)
     return {"trainer": trainer, "model": model, "datamodule": datamodule, "metrics": metrics}
 
@@ -113,6 +123,8 @@ def prepare(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule]:
     datamodule = hydra.utils.instantiate(cfg.data)
     checkpoint = load_checkpoint(ckpt_path, bool(cfg.get("trust_checkpoint", False))) if ckpt_path is not None else None
     purpose = "test" if not cfg.train else "finetune" if finetune else "resume"
+    if purpose == "resume" and checkpoint is not None:
+        check_steps(ckpt_path, checkpoint["global_step"], cfg.trainer.get("max_steps"))
     if purpose == "finetune" and hasattr(hydra.utils.get_class(cfg.model._target_), "take_over"):
         purpose = "transfer"
     set_up(datamodule, None if checkpoint is None else record_of(checkpoint), purpose, cfg.data.get("transform"))
@@ -125,6 +137,15 @@ def prepare(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule]:
     if hasattr(datamodule, "cells"):
         model.training_record = {**model.training_record, "cells": datamodule.cells}
     return datamodule, model
+
+
+def check_steps(ckpt_path: str, steps: int, max_steps: int | None) -> None:
+    """Raise `DataError` if a checkpoint has more steps than the training that goes on from it shall have."""
+    if 0 < (max_steps or 0) < steps:
+        raise DataError(
+            f"{ckpt_path} has trained for {steps} steps, more than trainer.max_steps={max_steps}; set a larger number, "
+            "or start a new training from its weights with finetune=true"
+        )
 
 
 def set_up(
