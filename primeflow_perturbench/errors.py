@@ -30,7 +30,9 @@ def counted(names: Sized, noun: str) -> str:
 
 def nearest(name: object, known: Iterable[object]) -> str | None:
     """The known name that resembles ``name`` most, or ``None`` if none is close."""
-    return next(iter(difflib.get_close_matches(str(name), [str(other) for other in known], n=1)), None)
+    by_case = {str(other).casefold(): str(other) for other in known}
+    match = difflib.get_close_matches(str(name).casefold(), by_case, n=1)
+    return by_case[match[0]] if match else None
 
 
 def with_nearest(unknown: Sequence[object], known: Iterable[object], limit: int = 10) -> str:

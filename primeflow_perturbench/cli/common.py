@@ -36,6 +36,7 @@ HINTS = {
     errno.EISDIR: "give the path of a file",
     errno.ENAMETOOLONG: "give a shorter path",
 }
+PACKAGE = "primeflow_perturbench."
 # Parts of the messages of gloo, NCCL and TCPStore when another process is gone.
 LOST = (
     "Connection closed by peer",
@@ -123,7 +124,7 @@ def explain(error: Exception) -> str | None:
     from primeflow_perturbench.perturbench.backend import load_embedded
     from primeflow_perturbench.training.overrides import explain_override
 
-    if isinstance(error, InputError | load_embedded("errors.DataError")):
+    if isinstance(error, InputError | UsageError | load_embedded("errors.DataError")):
         return str(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=VALUE"
@@ -136,11 +137,18 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, InstantiationException):
         # Hydra wraps the error of an object that rejects a value or an unknown setting.
         causes = (error.__cause__, getattr(error.__cause__, "__cause__", None))
-        cause = next((each for each in causes if isinstance(each, ValueError | TypeError)), None)
-        return first_line(error) if cause is None else str(cause)
+        cause = next((each for each in causes if isinstance(each, ValueError | TypeError)), error.__cause__ or error)
+        return str(cause) if isinstance(cause, InputError) else first_line(cause)
     if type(error).__name__ == "MisconfigurationException":  # Lightning's; this module does not import it
         return first_line(error)
-    return None
+    # Our own objects report values that they refuse as ValueError.
+    return first_line(error) if isinstance(error, ValueError) and raised_by(error).startswith(PACKAGE) else None
+
+
+def raised_by(error: BaseException) -> str:
+    """Name of the module whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")
 
 
 def explain_disk(error: BaseException | None) -> str | None:
@@ -211,6 +219,17 @@ class Parser(argparse.ArgumentParser):
 
 class UsageError(Exception):
     """A command line that a parser cannot read."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of options: whole numbers from ``least`` on."""
+
+    def whole_number(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return whole_number
 
 
 def rearranged(arguments: list[str], count: int) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, make_console
+from primeflow_perturbench.cli.common import INTERRUPTED, Parser, answering, at_least, make_console
 
 # Exit status: the checked file has errors.
 WILL_NOT_TRAIN = 1
@@ -67,11 +67,14 @@ def _add_preprocess(commands: argparse._SubParsersAction) -> None:
     _add_columns(parser)
     parser.add_argument("--counts-layer", help="layer with the raw counts (default: X)")
     parser.add_argument(
-        "--n-top-genes", type=int, default=4000, help="number of highly variable genes to keep (default: %(default)s)"
+        "--n-top-genes",
+        type=at_least(0),
+        default=4000,
+        help="number of highly variable genes to keep (default: %(default)s)",
     )
     parser.add_argument(
         "--n-de-genes",
-        type=int,
+        type=at_least(0),
         default=50,
         help="differentially expressed genes to keep per covariate group and perturbation (default: %(default)s)",
     )
@@ -114,7 +117,7 @@ def _add_split(commands: argparse._SubParsersAction) -> None:
         default=0.1,
         help="fraction of the context's other perturbations for validation (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed (default: %(default)s)")
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:

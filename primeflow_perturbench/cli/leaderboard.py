@@ -2,7 +2,7 @@
 
 import argparse
 
-from primeflow_perturbench.cli.common import Parser, answering, make_console
+from primeflow_perturbench.cli.common import Parser, answering, at_least, make_console
 
 
 def parse() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--figures",
-        type=int,
+        type=at_least(0),
         default=3,
         metavar="N",
         help="draw the cells of N conditions, from the best to the worst (default: %(default)s)",

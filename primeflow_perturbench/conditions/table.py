@@ -1,5 +1,8 @@
 """Tables of conditions to generate: checks, and the tensors that a model reads."""
 
+import csv
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +13,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.errors import InputError, counted, quoted, with_nearest
+from primeflow_perturbench.errors import InputError, counted, first_line, quoted, with_nearest
 from primeflow_perturbench.labels import Parts, split_label
 
 if TYPE_CHECKING:
     from primeflow_perturbench.conditions.embedding_tables import ExternalRows
 
 N_CELLS = "n_cells"
+# Of a condition.
+MOST_CELLS = 10**9
+# Memory of a cell's name and labels, as they are prepared for writing.
+BYTES_OF_A_CELL = 200
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,27 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"there is no table of conditions {path}; give prediction_dataframe_path=PATH")
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"the table of conditions {path} is empty; give a header and at least one row") from error
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be read as a CSV table of conditions ({reason})") from error
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file, strict=True) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a CSV table of conditions ({first_line(error)})") from error
+    if not rows:
+        raise InputError(f"the table of conditions {path} is empty; give a header and at least one row")
+    header, *rows = rows
+    for character, name in (("\t", "tabs"), (";", "semicolons")):
+        if len(header) == 1 and character in header[0]:
+            raise InputError(f"{path} has {name} between its columns; write commas")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise InputError(f"{path} has the column {quoted(twice)} more than once; keep one of them")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise InputError(
+                f"{path} cannot be read as a CSV table of conditions (row {number} has {counted(row, 'field')}, but "
+                f"the header has {counted(header, 'column')}); put a value with a comma in double quotes"
+            )
+        if any("\0" in value for value in row):
+            raise InputError(f"{path}, row {number} has a zero byte; write the table as text")
+    return pd.DataFrame(rows, columns=header, dtype=str)
 
 
 # Long because its docstring describes every parameter; the body reads straight through.
@@ -121,6 +143,7 @@ def encode_conditions(
         obs = pd.concat([obs, controls], ignore_index=True)
         added = np.full(len(controls), whole_number(control_cells, "control_cells"))
         counts = np.concatenate([counts, added])
+    check_total(counts, where)
     parts = [split_parts(label, context) for label in obs[key]]
     check_distinct(obs, parts, key, where)
     summed = None
@@ -129,7 +152,8 @@ def encode_conditions(
     elif perturbation_embeddings is not None:
         perturbations = summed_embeddings(parts, perturbation_embeddings, key, where)
     else:
-        perturbations = multi_hot(parts, list(context["perturbation_uniques"]), key, where)
+        uniques_of_key = list(context["perturbation_uniques"])
+        perturbations = multi_hot(parts, uniques_of_key, key, where, context["perturbation_control_value"])
     covariates: dict[str, Tensor] = {str(name): covariate_tensor(pd.Series(obs[name]), uniques[name]) for name in names}
     return Conditions(obs, counts, perturbations, covariates, summed)
 
@@ -196,11 +220,20 @@ def cell_counts(table: pd.DataFrame, n_cells: int, where: str) -> np.ndarray:
     return np.array([whole_number(value, f"{where}, row {row}: {N_CELLS}") for row, value in given])
 
 
+def check_total(counts: np.ndarray, where: str) -> None:
+    """Raise `InputError` if the names and labels of all cells do not fit into the memory of the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (total := int(counts.sum())) * BYTES_OF_A_CELL > memory:
+        raise InputError(f"{where} asks for {total:,} cells, more than this machine can hold; divide the table")
+
+
 def whole_number(value: Any, what: str) -> int:
     """Convert a number or text to a positive integer; `InputError` if that is impossible."""
     number = float(pd.Series(pd.to_numeric(pd.Series([value]), errors="coerce")).iloc[0])
     if not (np.isfinite(number) and number >= 1 and number == int(number)):
         raise InputError(f"{what} must be a positive whole number, got {str(value)!r}")
+    if number > MOST_CELLS:
+        raise InputError(f"{what} must be at most {MOST_CELLS:,}, got {str(value)!r}")
     return int(number)
 
 
@@ -232,14 +265,14 @@ def check_distinct(obs: pd.DataFrame, parts: Sequence[Parts], key: str, where: s
         seen[condition] = row
 
 
-def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: str) -> Tensor:
+def multi_hot(parts: Sequence[Parts], uniques: Sequence[str], key: str, where: str, control: str) -> Tensor:
     """Multi-hot (N, P) of perturbations in the order of ``uniques``."""
     columns = {str(name): column for column, name in enumerate(uniques)}
     unknown = list(dict.fromkeys(name for names in parts for name in names if name not in columns))
     if unknown:
         raise InputError(
             f"{where}, column {key!r} has {counted(unknown, 'perturbation')} not seen in training, "
-            f"{with_nearest(unknown, columns)}; use names of the training cells, or train with "
+            f"{with_nearest(unknown, [*columns, control])}; use names of the training cells, or train with "
             "model/conditions=external"
         )
     encoded = torch.zeros(len(parts), len(columns))

@@ -58,6 +58,8 @@ def write_split(
     obs = adata.obs
     adata.file.close()
     if task == "narrow":
+        if perturbation_key in obs and control not in set(obs[perturbation_key].astype(str)):
+            raise InputError(f"{file}: found no cell with {perturbation_key} = {control!r}; give --control")
         columns = {"perturbation_key": perturbation_key, "control": control, "delimiter": delimiter}
         split = narrow(obs, context=context, test=test, val_fraction=val_fraction, seed=seed, **columns)
     else:

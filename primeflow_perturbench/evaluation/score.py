@@ -154,6 +154,8 @@ def evaluate_files(
     InputError, DataError
         On bad files, columns or cells.
     """
+    if columns["perturbation_key"] in columns["covariate_keys"]:
+        raise InputError(f"the perturbation column {columns['perturbation_key']!r} is no covariate; remove it")
     cells = {path: read_h5ad(path) for path in (predicted, measured)}
     for path, adata in cells.items():
         wanted = (columns["perturbation_key"], *columns["covariate_keys"])

@@ -75,6 +75,8 @@ def predict_run(cfg: DictConfig, console: Console) -> Path:
         If the checkpoint, the table or a setting is invalid.
     """
     check_types(cfg)
+    if cfg.ckpt_path is None:
+        raise InputError("ckpt_path must be given: add ckpt_path=PATH of a trained model")
     path = Path(cfg.ckpt_path)
     checkpoint = read_checkpoint(path, bool(cfg.trust_checkpoint))
     run = run_settings(path)

@@ -117,6 +117,8 @@ def check_settings(cfg: DictConfig) -> None:
     """Raise `InputError` for what can be known to fail before anything is read."""
     check_backend()
     check_types(cfg)
+    # The objects of the model check their own settings; the network waits for the data.
+    hydra.utils.instantiate(cfg.model, _partial_=True)
     if not reads_atlas(cfg):
         check_data(cfg.data)
     if not cfg.test:
@@ -125,6 +127,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError(NO_TEST)
     check_references(cfg.references or ())
     check_shape(cfg.shape or ())
+    if not OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines"):
+        raise InputError("data.evaluation.evaluation_pipelines names no metric; name one, or set test=false")
     if not cfg.data.splitter.save:
         raise InputError(
             "data.splitter.save=false leaves no split to score the test cells by; set it to true, or test=false"

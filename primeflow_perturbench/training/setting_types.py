@@ -37,19 +37,24 @@ PLAIN: dict[str, Any] = {
     "shape": list[str] | None,
     "objective": dict[str, float] | None,
     "finetuning": dict[str, Any] | None,
-    "finetuning.freeze": list[str] | str | None,
+    "finetuning.freeze": list[str] | Literal["genes", "conditions", "trunk"] | None,
     "finetuning.lr_factor": dict[str, float] | None,
     "perturbation_embeddings_path": list[str] | str | None,
     "sweep.only_killed": bool,
+    "model": dict[str, Any],
+    "model.sampler": dict[str, Any],
+    "model.sampler.solver": dict[str, Any],
     # Null is the length of the run.
     "model.lr_scheduler.conf.total_steps": int | None,
     "data.data.filename": str,
+    "data.splitter": dict[str, Any],
     "data.data.backed": bool,
     "data.loader.batch_size": int,
     "data.loader.num_workers": int,
     "data.loader.pin_memory": bool,
     "data.loader.persistent_workers": bool,
     "data.evaluation.chunk_size": int,
+    "data.evaluation.split_value_to_evaluate": Literal["test", "val", "train"],
     "data.evaluation.print_summary": bool,
     "data.evaluation.save_evaluation": bool,
     "data.evaluation.use_synthetic_controls": bool,
@@ -85,6 +90,8 @@ OBJECTS: dict[str, Callable] = {
 LEAST = {
     "seed": 0,
     "*chunk_size": 1,
+    "*.max_control_cells_per_covariate": 1,
+    "data.splitter.splitter_seed": 0,
     "*.batch_size": 1,
     "*.num_workers": 0,
     "model.lr": 0,
@@ -105,8 +112,8 @@ LEAST = {
 }
 NOT_ZERO = ("model.lr", "trainer.val_check_interval")
 NO_LIMIT = ("trainer.max_steps", "trainer.max_epochs")
-# Lightning's largest seed.
-MOST = {"seed": 2**32 - 1}
+# Largest seeds of Lightning and of NumPy.
+MOST = {"seed": 2**32 - 1, "data.splitter.splitter_seed": 2**32 - 1}
 # Types of other packages are not checked: PerturBench's are not always those that its configs use.
 CHECKED = ("primeflow_perturbench.", "lightning.")
 

@@ -235,7 +235,10 @@ def read_perturbation_embeddings(path: str | Path) -> pd.DataFrame:
     """
     if not Path(path).is_file():
         raise DataError(f"there is no file of perturbation embeddings {path}")
-    table = pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the perturbation embeddings {path} are no parquet file; write them as parquet") from error
     table.index = table.index.astype(str)
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()].unique()
