@@ -4,10 +4,12 @@
 
 Prepares every task of `TASKS` from the raw files in the directory, trains one model per task and seed, samples it in
 every way of `VARIANTS` and writes ``benchmarks/results/real.{json,md}``. Finished runs are not repeated, so an
-interrupted command continues where it stopped. No setting is chosen on these tables.
+interrupted command continues where it stopped. No setting is chosen on these tables: where a task has many conditions
+a tenth of those of the training serve validation, else a tenth of the treated cells.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -33,26 +35,25 @@ METRICS = {
     "cosine_logfc": "cosine",
     "rmse_average": "RMSE",
     "centered_energy": "centered E",
+    "covariance_error": "covariance error",
     "correlation_agreement": "correlation agreement",
 }
+SHAPE = ["centered_energy", "covariance_error", "correlation_agreement"]
 CELLS, STEPS = 500, 2000
-MODEL = ["model=primeflow_small", "model.network.width=128", f"trainer.max_steps={STEPS}", "data.loader.batch_size=128"]
-# Ways to sample one training.
+MODEL = ["model=primeflow_small", f"trainer.max_steps={STEPS}", "data.loader.batch_size=128"]
+# Ways to sample one training: as it decides itself, the flow alone, and with the marginals of the mixed model.
 VARIANTS = {
-    "flow, counterfactual": ["model.sampler.calibrate=none", "model.sampler.control_start=0.5"],
-    "flow, counterfactual, calibrated": ["model.sampler.calibrate=marginals", "model.sampler.control_start=0.5"],
-    "flow": ["model.sampler.calibrate=none"],
-    "flow, calibrated": ["model.sampler.calibrate=marginals"],
+    "PRiMeFlow": [],
+    "flow alone": ["model.sampler.calibrate=none", "model.sampler.control_start=none"],
+    "flow, calibrated": ["model.sampler.calibrate=marginals", "model.sampler.control_start=none"],
 }
-TRAINED = ["model.sampler.calibrate=marginals", "model.sampler.control_start=0.5"]
+# Number of treated training conditions from which on some of them serve validation.
+MANY = 20
 Task = tuple[ad.AnnData, pd.Series, str]
 
 
 def split_of(adata: ad.AnnData, group: str, held: list[tuple[str, str]]) -> pd.Series:
-    """Hold conditions (group, label) out, and a half of the control cells of their groups.
-
-    A tenth of the other treated cells only serves the validation loss.
-    """
+    """Hold conditions (group, label) out, and a half of the control cells of their groups; see the module docstring."""
     split = pd.Series("train", index=adata.obs_names)
     groups, labels = adata.obs[group].astype(str), adata.obs["condition"].astype(str)
     rng = np.random.default_rng(0)
@@ -62,7 +63,12 @@ def split_of(adata: ad.AnnData, group: str, held: list[tuple[str, str]]) -> pd.S
     for place, label in held:
         split[(groups == place) & (labels == label)] = "test"
     treated = rng.permutation(np.flatnonzero((split == "train") & (labels != "control")))
-    split.iloc[treated[: len(treated) // 10]] = "val"
+    conditions = (groups + " " + labels).iloc[treated]
+    names = rng.permutation(conditions.unique())
+    if len(names) >= MANY:
+        split.iloc[treated[conditions.isin(names[: len(names) // 10])]] = "val"
+    else:
+        split.iloc[treated[: len(treated) // 10]] = "val"
     return split
 
 
@@ -102,6 +108,17 @@ def devel(data: Path) -> Task:
     return adata, split.reindex(adata.obs_names), "cell_type"
 
 
+def a549(data: Path) -> Task:
+    """Dexamethasone after one hour, between none and three; each time has a third of the control cells."""
+    adata = ad.read_h5ad(data / "a549_dexamethasone.h5ad")
+    hours = adata.obs["time_h"].to_numpy(float).copy()
+    controls = np.random.default_rng(0).permutation(np.flatnonzero(adata.obs["condition"] == "control"))
+    for hour, cells in zip((0.0, 1.0, 3.0), np.array_split(controls, 3), strict=True):
+        hours[cells] = hour
+    adata.obs["time_h"] = hours
+    return adata, split_of(adata, "time_h", [("1.0", "dexamethasone")]), "time_h"
+
+
 def simulated(responders: tuple[float, float], effect: float) -> Task:
     """A heterogeneous screen of 300 genes: only a share of the cells responds; one line per label is held out."""
     spec = ScreenSpec(
@@ -131,6 +148,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "gbm, PW032": lambda data: gbm(data, "PW032"),
     "gbm, PW034": lambda data: gbm(data, "PW034"),
     "devel": devel,
+    "a549, 1 hour": a549,
     "simulated, 15 to 60 % respond": lambda data: simulated((0.15, 0.6), 2.0),
     "simulated, 30 to 95 % respond": lambda data: simulated((0.3, 0.95), 1.2),
 }
@@ -168,28 +186,34 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="folder of data and runs")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for task in options.tasks:
-        folder = options.work.resolve() / task.replace(", ", "_").replace(" ", "_").replace("%", "percent")
-        data = prepare(task, options.data, folder)
-        for seed in options.seeds:
-            common = [*data, *MODEL, f"seed={seed}", "~callbacks.progress_bar"]
-            trained = folder / f"{seed}_training"
-            run([*common, *TRAINED, "test=false"], trained, "environment.json")
-            test = ["train=false", f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}"]
-            cells = [f"model.sampler.cells_per_condition={CELLS}", f"model.sampler.calibration_cells={CELLS}"]
-            for number, (variant, sampling) in enumerate(VARIANTS.items()):
-                references = [] if number == 0 and seed == options.seeds[0] else ["references=[]"]
-                result = run([*common, *test, *cells, *references, *sampling], folder / f"{seed}_{number}", "table.csv")
-                table = pd.read_csv(result, index_col=0)
-                for name in table.columns:
-                    row = {"task": task, "seed": seed, "model": variant if name == "PRiMeFlow" else name}
-                    rows.append(row | {key: float(table.loc[key, name]) for key in METRICS if key in table.index})
-                print(f"{task}, seed {seed}, {variant}", flush=True)
-    scores = pd.DataFrame(rows)
     RESULTS.mkdir(exist_ok=True)
+    for seed in options.seeds:
+        for task in options.tasks:
+            folder = options.work.resolve() / task.replace(", ", "_").replace(" ", "_").replace("%", "percent")
+            rows += scores(task, seed, prepare(task, options.data, folder), folder, seed == options.seeds[0])
+            print(f"{task}, seed {seed}", flush=True)
     record = {"commit": commit(), "versions": versions(), "hardware": hardware(), "steps": STEPS, "cells": CELLS}
     write_json(RESULTS / "real.json", record | {"settings": MODEL, "variants": VARIANTS, "scores": rows})
-    (RESULTS / "real.md").write_text(page(scores, len(options.seeds)))
+    (RESULTS / "real.md").write_text(page(pd.DataFrame(rows), len(options.seeds)))
+
+
+def scores(task: str, seed: int, data: list[str], folder: Path, with_references: bool) -> list[dict[str, Any]]:
+    """Train once, sample in every way, and score; the references are drawn once."""
+    common = [*data, *MODEL, f"seed={seed}", "~callbacks.progress_bar", f"shape=[{','.join(SHAPE)}]"]
+    trained = folder / f"{seed}_training"
+    common += [f"model.sampler.{name}={CELLS}" for name in ("cells_per_condition", "calibration_cells")]
+    run([*common, "test=false"], trained, "environment.json")
+    record, rows = json.loads((trained / "environment.json").read_text()), []
+    for number, (variant, sampling) in enumerate(VARIANTS.items()):
+        references = [] if with_references and number == 0 else ["references=[]"]
+        test = ["train=false", f"ckpt_path={trained / 'checkpoints' / 'last.ckpt'}", *references, *sampling]
+        table = pd.read_csv(run([*common, *test], folder / f"{seed}_{number}", "table.csv"), index_col=0)
+        for name in table.columns:
+            row = {"task": task, "seed": seed, "model": variant if name == "PRiMeFlow" else name}
+            if row["model"] == "PRiMeFlow":
+                row |= {"choice": record.get("choice"), "seconds": record["seconds"]}
+            rows.append(row | {key: float(table.loc[key, name]) for key in METRICS if key in table.index})
+    return rows
 
 
 def page(scores: pd.DataFrame, seeds: int) -> str:

@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from primeflow_perturbench.calibration import training_cells
 from primeflow_perturbench.calibration.marginals import Marginals
 from primeflow_perturbench.conditions.condition import Condition, ConditionEncoder
-from primeflow_perturbench.conditions.embedding_tables import ExternalRows, with_tables
+from primeflow_perturbench.conditions.embedding_tables import with_tables
 from primeflow_perturbench.conditions.table import Conditions
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.control_pool import ControlPool
 from primeflow_perturbench.expression.space import GeneSpace, PCASpace, check_gene_settings
-from primeflow_perturbench.expression.statistics import check_log1p
-from primeflow_perturbench.expression.unmeasured import check_unmeasured, fill_unmeasured
+from primeflow_perturbench.expression.unmeasured import fill_unmeasured
 from primeflow_perturbench.finetuning.weight_transfer import take_over
-from primeflow_perturbench.flow.coupling import COUPLINGS, check_coupling
+from primeflow_perturbench.flow.coupling import COUPLINGS
 from primeflow_perturbench.flow.loss import check_loss, flow_matching_loss
 from primeflow_perturbench.flow.noise import Noise, batch_noise
 from primeflow_perturbench.flow.objective import Objective
 from primeflow_perturbench.flow.path import PathSample, StraightPath
 from primeflow_perturbench.networks.compiling import compiled_evaluation, evaluate
-from primeflow_perturbench.networks.condition_embedding import External, MultiHot
+from primeflow_perturbench.networks.condition_embedding import MultiHot
 from primeflow_perturbench.networks.layers import expect_multi_hot
 from primeflow_perturbench.networks.preconditioning import GaussianPreconditioning
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.pretrained.load import load_model
 from primeflow_perturbench.pretrained.save import save_model
 from primeflow_perturbench.pretrained.settings import as_plain, built, store_settings, with_transform
+from primeflow_perturbench.sampling import choice
 from primeflow_perturbench.sampling.batch_size import BatchSize
 from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
 from primeflow_perturbench.sampling.sample import sample_conditions
@@ -48,8 +48,7 @@ TRAIN, VALIDATE = 0, 1  # streams of random numbers
 class PRiMeFlow(PerturbationModel):
     """Flow matching from Gaussian noise to log1p expression, conditioned on perturbations and covariates.
 
-    arXiv 2604.13986 (2026). Independent coupling, straight path and mean squared error; cells are sampled by an ODE
-    solver with classifier-free guidance.
+    arXiv 2604.13986 (2026): independent coupling, straight path, mean squared error, ODE solver, guidance.
 
     Parameters
     ----------
@@ -103,7 +102,7 @@ class PRiMeFlow(PerturbationModel):
         # A checkpoint stores objects as plain values.
         network, conditions, space, objective, sampler = map(built, (network, conditions, space, objective, sampler))
         objective, sampler = objective or Objective(), sampler or SamplingSettings()
-        if objective.source == "control" and sampler.control_start is not None:
+        if objective.source == "control" and sampler.control_start not in (None, "auto"):
             raise InputError("control_start encodes control cells for a Gaussian source: set source=gaussian")
         if sampler.guidance != 1 and objective.condition_dropout == 0:
             raise InputError(f"guidance {sampler.guidance} needs a null condition: set condition_dropout above 0")
@@ -155,6 +154,8 @@ class PRiMeFlow(PerturbationModel):
         self.controls: ControlPool | None = None
         self.marginals: Marginals | None = None
         self.taken_over: dict[str, Any] | None = None
+        self.choice: choice.Choice | None = None
+        self.held_out: choice.HeldOut = []
         self.uncalibrated_labels: set[str] = set()
 
     def take_over(self, checkpoint: Mapping[str, Any]) -> None:
@@ -168,30 +169,29 @@ class PRiMeFlow(PerturbationModel):
         return self.optimizer.configure(self, self.hparams.lr, self.hparams.wd, as_plain(self.hparams.lr_scheduler))
 
     def on_fit_start(self) -> None:
-        """Read the training cells once: reject what is not log1p expression, learn what needs no gradients."""
-        if self.trainer.datamodule is None:
-            raise InputError("PRiMeFlow reads the training cells before it trains: fit it with a data module")
-        if self.unmeasured_are_nan:
-            check_unmeasured(self.objective, self.sampler, isinstance(self.space, PCASpace))
-        check_coupling(self.objective.coupling)
-        statistics = training_cells.collect(self)
-        check_log1p(statistics.expression)
+        """Read the training cells once, and learn what needs no gradients."""
+        statistics = training_cells.collect(self, choice.MOST_CELLS if self.sampler.open else 0)
         if self.trainer.ckpt_path is None or self.learned_detection_limit is None:
             training_cells.learn(self, statistics)
+        if self.sampler.open:
+            choice.prepare(self, statistics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch, with condition dropout."""
         condition = self.encoder(batch.perturbations, batch.covariates)
         expression, measured = self._filled(batch.gene_expression)
-        sample, noise = self._sample(expression, condition, TRAIN, self.current_epoch, batch_idx)
-        null, identity = self.objective.condition_dropout, self.conditions.identity_dropout
-        condition = condition.drop_identity(noise.chance < null + identity * (1 - null)) if identity else condition
-        condition = condition.drop(noise.chance < null)
         counted = len(condition) if measured is None else measured.sum()
-        loss = flow_matching_loss(self.velocity, sample, self.conditions(condition), measured) * self._share(counted)
+        loss = self.loss(condition, expression, measured, self.current_epoch, batch_idx) * self._share(counted)
         check_loss(loss.detach(), self.global_step)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(condition), sync_dist=True)
         return loss
+
+    def loss(self, condition: Condition, expression: Tensor, measured: Tensor | None, *stream: int) -> Tensor:
+        """Training loss of cells (B, G) of conditions (B); ``stream`` numbers the batch, whose noise depends on it."""
+        sample, noise = self._sample(expression, condition, TRAIN, *stream)
+        null, identity = self.objective.condition_dropout, self.conditions.identity_dropout
+        condition = condition.drop_identity(noise.chance < null + identity * (1 - null)) if identity else condition
+        return flow_matching_loss(self.velocity, sample, self.conditions(condition.drop(noise.chance < null)), measured)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow-matching loss of a batch without dropout, with the same noise in every epoch."""
@@ -201,6 +201,9 @@ class PRiMeFlow(PerturbationModel):
         loss = flow_matching_loss(self.velocity, sample, self.conditions(condition), measured)
         counted = len(condition) if measured is None else int(measured.sum())
         self.log("val_loss", loss, prog_bar=True, batch_size=counted, sync_dist=True)
+        if batch_idx == 0 and self.held_out:  # at the end, averaged weights have been swapped out again
+            choice.decide(self)
+            self.log("val_energy", min(self.choice.energy.values()), prog_bar=True, rank_zero_only=True)
         return loss
 
     def velocity(self, x: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
@@ -256,11 +259,6 @@ class PRiMeFlow(PerturbationModel):
         """Generated cells of a batch; ``cells_per_condition`` of each condition where that is set."""
         return generate_table(self, *data_tuple)
 
-    def external_rows(self, tables: Any) -> ExternalRows | None:
-        """External embeddings by name, with those of ``tables`` beside the model's own; ``None`` if it uses none."""
-        context = self.training_record["train_context"]
-        return ExternalRows(self.conditions, context, tables) if isinstance(self.conditions, External) else None
-
     def encode(self, conditions: Conditions) -> Condition:
         """Conditions (N) of a checked table; warns once about those that calibration does not cover."""
         condition = self.encoder(conditions.perturbations, conditions.covariates, conditions.external)
@@ -288,6 +286,7 @@ class PRiMeFlow(PerturbationModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is learned without gradients, and the settings as plain values."""
+        choice.ensure(self)
         super().on_save_checkpoint(checkpoint)
         store_settings(checkpoint)
         training_cells.save(self, checkpoint)
@@ -297,3 +296,4 @@ class PRiMeFlow(PerturbationModel):
         super().on_load_checkpoint(checkpoint)
         self.training_record = with_transform(self.training_record)
         training_cells.restore(self, checkpoint)
+        self.choice = choice.Choice.of(checkpoint)

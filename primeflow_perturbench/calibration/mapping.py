@@ -55,6 +55,13 @@ class MarginalMap:
         return torch.where(values > self.threshold, mapped, 0.0)
 
     @classmethod
+    def toward(cls, values: Tensor, targets: Targets, share: float, detection_limit: float | None) -> Self:
+        """The map of values (n, G) that goes a share of the way from their own marginals to targets, B = 1."""
+        if share < 1:
+            targets = Targets.measured(decode_expression(values, detection_limit)).toward(targets, share)
+        return cls.fit(values, *(part[0].to(values) for part in targets), detection_limit or 0.0)
+
+    @classmethod
     def fit(cls, values: Tensor, mean: Tensor, rate: Tensor, spread: Tensor, detection_limit: float) -> Self:
         """The largest shift that leaves every gene's mean at or below its target, to 1e-6.
 
@@ -107,6 +114,7 @@ def calibrated(
     targets: Callable[[int], Targets | None],
     detection_limit: float | None,
     reference: int,
+    share: float = 1.0,
 ) -> Iterator[Block]:
     """Calibrate and decode blocks of generated values.
 
@@ -125,19 +133,20 @@ def calibrated(
         As in `decode_expression`.
     reference
         Number of cells that determine the map.
+    share
+        Share of the way from the marginals of these cells to the targets.
     """
     for row, of_row in groupby(blocks, key=itemgetter(0)):
         target = targets(row)
         if target is None:
             yield from ((row, first, decode_expression(values, detection_limit)) for _, first, values in of_row)
             continue
-        mean, rate, spread = (part[0].cpu() for part in target)
         held, decode = [], None
         for _, first, values in of_row:
             held.append((first, values))
             if decode is None and first + len(values) >= reference:
                 known = torch.cat([values for _, values in held])[:reference]
-                decode = MarginalMap.fit(known, mean, rate, spread, detection_limit or 0.0)
+                decode = MarginalMap.toward(known, target, share, detection_limit)
             if decode is not None:
                 for start, part in held:
                     wanted = part[: max(0, int(counts[row]) - start)]

@@ -29,6 +29,19 @@ class Targets(NamedTuple):
     spread: Tensor
     """Standard deviation of the values above 0, shape (B, G)."""
 
+    @classmethod
+    def measured(cls, expression: Tensor) -> "Targets":
+        """What cells (n, G) of one condition have, B = 1."""
+        above = expression > 0
+        n = above.sum(0).clamp(min=1)
+        mean = expression.sum(0) / n
+        spread = ((expression - mean).square() * above).sum(0).div(n).sqrt()
+        return cls(expression.mean(0)[None], above.float().mean(0)[None], spread[None])
+
+    def toward(self, other: "Targets", share: float) -> "Targets":
+        """Targets that lie a share of the way to others."""
+        return Targets(*(own.lerp(theirs.to(own), share) for own, theirs in zip(self, other, strict=True)))
+
 
 @dataclass(frozen=True)
 class Marginals:

@@ -1,7 +1,7 @@
 """Conditions: perturbations and covariates as tensors, and the encoder that builds them from a batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,10 @@ class Condition:
         own, external = torch.zeros_like(self.perturbations), torch.zeros_like(self.external)
         return Condition(own, self.covariates, self.is_null, external, torch.ones_like(self.is_known))
 
+    def moved(self, context: Tensor) -> "Condition":
+        """The same perturbations in the contexts (B, F + 1) of `context`."""
+        return replace(self, covariates=context[:, :-1].to(self.covariates), is_null=context[:, -1] != 0)
+
     def drop(self, dropped: Tensor) -> "Condition":
         """Replace conditions by the null condition where ``dropped`` (B,) is true (Ho and Salimans 2022, alg. 1)."""
         kept = ~dropped[:, None]
@@ -114,6 +118,11 @@ class Condition:
         """Where ``dropped`` (B,) is true, keep only the external embedding of the perturbations."""
         hidden = torch.where(dropped[:, None], 0.0, self.perturbations)
         return Condition(hidden, self.covariates, self.is_null, self.external, self.is_known)
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """Conditions one below the other."""
+    return Condition(**{f.name: torch.cat([getattr(one, f.name) for one in conditions]) for f in fields(Condition)})
 
 
 class ConditionEncoder:

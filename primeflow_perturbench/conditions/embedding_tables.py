@@ -124,6 +124,12 @@ class ExternalRows:
         If the tables differ from those of training in number, widths or values of the vocabulary.
     """
 
+    @classmethod
+    def of(cls, model: Any, given: Given | Sequence[Given] | None) -> "ExternalRows | None":
+        """The embeddings of a trained `PRiMeFlow`, with ``given`` beside its own; ``None`` if it uses none."""
+        context = model.training_record["train_context"]
+        return cls(model.conditions, context, given) if isinstance(model.conditions, External) else None
+
     def __init__(self, conditions: External, context: Mapping[str, Any], given: Given | Sequence[Given] | None = None):
         self._conditions = conditions
         self._place = {str(name): place for place, name in enumerate(context["perturbation_uniques"])}

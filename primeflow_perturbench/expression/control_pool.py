@@ -50,6 +50,11 @@ class ControlReservoir:
         """Whether every context seen so far has the maximum number of control cells."""
         return all(len(cells) == self._most for cells in self._cells.values())
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no control cell at all."""
+        return not any(self._cells.values())
+
     def cells(self) -> dict[Context, list[Tensor]]:
         """Expression (G,) of the kept control cells by context, in the order of the contexts."""
         return {context: self._cells[context] for context in sorted(self._cells)}
@@ -82,6 +87,7 @@ class ControlPool:
         reservoir: ControlReservoir,
         encode: Callable[[Tensor], Tensor],
         covariates: Mapping[str, Sequence[Any] | None],
+        everywhere: bool = True,
     ) -> Self:
         """Encode the kept control cells.
 
@@ -93,16 +99,19 @@ class ControlPool:
             Maps expression (n, G) to the space of the flow (n, W).
         covariates
             As the attribute.
+        everywhere
+            Whether every context must have control cells; otherwise one must.
 
         Raises
         ------
         InputError
-            If a context has no control cell.
+            If a context that must have a control cell has none.
         """
         found = reservoir.cells()
         for context, cells in found.items():
-            if not cells:
+            if not cells and (everywhere or not any(found.values())):
                 raise missing_controls(covariates, context)
+        found = {context: cells for context, cells in found.items() if cells}
         ends = torch.tensor([len(cells) for cells in found.values()]).cumsum(0)
         cells = torch.cat([encode(torch.stack(cells)) for cells in found.values()])
         return cls(covariates, torch.tensor(list(found), device=cells.device), ends.to(cells.device), cells)
@@ -136,6 +145,19 @@ class ControlPool:
         if not known.all():
             raise missing_controls(self.covariates, found[~known][0].tolist())
         return same.int().argmax(1)
+
+    def nearest_rows(self, condition: Condition) -> Tensor:
+        """Row of the nearest of ``contexts`` for each condition (B); shape (B,).
+
+        It shares the most covariates that are no numbers; among equals, its numbers are closest.
+        """
+        kinds = list(self.covariates.values())
+        widths = [1 if uniques is None else len(uniques) for uniques in kinds]
+        gaps = (condition.context[:, None] - self.contexts).abs()[..., :-1].double().split(widths, dim=2)
+        near, differing = torch.zeros(2, len(condition), len(self.contexts), device=self.contexts.device).double()
+        for gap, uniques in zip(gaps, kinds, strict=True):
+            near, differing = (near + gap.sum(2), differing) if uniques is None else (near, differing + gap.amax(2))
+        return near.masked_fill(differing > differing.amin(1, keepdim=True), torch.inf).argmin(1)
 
     def to(self, device: torch.device) -> Self:
         """The same pool on a device."""

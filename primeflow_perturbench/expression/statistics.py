@@ -3,14 +3,14 @@
 Each class accumulates batches with `add` and combines processes with `merge`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from primeflow_perturbench.conditions.condition import Condition
+from primeflow_perturbench.conditions.condition import Condition, joined
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.expression.control_pool import ControlReservoir
 
@@ -182,6 +182,11 @@ class ConditionStatistics:
                 whole._add(*found)
         return whole
 
+    @property
+    def keys(self) -> Collection[bytes]:
+        """Key of each condition, see `Condition.row_keys`."""
+        return self._row.keys()
+
     def _order(self) -> list[int]:
         return sorted(range(len(self._vectors)), key=lambda row: self._vectors[row].tolist())
 
@@ -235,7 +240,7 @@ class TrainingStatistics:
     marginals
         Sums by condition, ``None`` where they are not needed.
     kept_cells
-        Number of cells to keep.
+        Number of cells to keep, with their conditions.
     covariates
         Statistics of covariates.
     """
@@ -245,23 +250,26 @@ class TrainingStatistics:
     marginals: MarginalStatistics | None = None
     kept_cells: int = 0
     covariates: CovariateStatistics = field(default_factory=CovariateStatistics)
-    _kept: list[Tensor] = field(default_factory=list)
+    _kept: list[tuple[Condition, Tensor]] = field(default_factory=list)
 
     def add(self, condition: Condition, expression: Tensor) -> None:
-        """Accumulate expression (B, G) of conditions (B) without external embeddings."""
+        """Accumulate expression (B, G) of conditions (B)."""
         self.expression.add(expression)
-        if sum(map(len, self._kept)) < self.kept_cells:
-            self._kept.append(expression.cpu())
+        if sum(len(cells) for _, cells in self._kept) < self.kept_cells:
+            self._kept.append((condition.to("cpu"), expression.cpu()))
+        condition = condition.without_external()
         self.covariates.add(condition.covariates)
         if self.marginals is not None:
             self.marginals.add(condition, expression)
         if self.controls is not None:
             self.controls.add(condition, expression)
 
-    @property
-    def cells(self) -> Tensor | None:
-        """The first `kept_cells` cells (n, G); ``None`` if none were kept."""
-        return torch.cat(self._kept)[: self.kept_cells] if self._kept else None
+    def first(self, n: int) -> tuple[Condition, Tensor] | None:
+        """Conditions and expression (m, G) of the first ``n`` kept cells; ``None`` if there are none."""
+        if not n or not self._kept:
+            return None
+        conditions, cells = zip(*self._kept, strict=True)
+        return joined(conditions)[:n], torch.cat(cells)[:n]
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:

@@ -24,6 +24,11 @@ TARGET = "_target_"
 NOT_SHARED = ("initial_vectors", "embeddings")
 
 
+def as_plain(value: Any) -> Any:
+    """Configuration nodes as dictionaries and lists; anything else unchanged."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def to_json(name: str, value: Any) -> Any:
     """Convert a setting to JSON; a class becomes its name with all of its settings, including defaults.
 
@@ -80,11 +85,6 @@ def store_settings(checkpoint: dict[str, Any]) -> None:
             return value
 
     store_plain(checkpoint, convert)
-
-
-def as_plain(value: Any) -> Any:
-    """Configuration nodes as dictionaries and lists; anything else unchanged."""
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def from_json(value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anndata as ad
@@ -17,6 +18,7 @@ from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.expression.control_pool import ControlPool
 from primeflow_perturbench.expression.detection_limit import decode_expression
 from primeflow_perturbench.sampling.sampler import Block, Sampler
+from primeflow_perturbench.sampling.settings import SamplingSettings
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,43 @@ def stream_cells(model: Any, condition: Condition, counts: Sequence[int], seed: 
         If something that training learns is missing, a context has no control cells to start from, or the network
         generates values that are not finite.
     """
-    settings, limit, condition = model.sampler, detection_limit(model), condition.to(model.device)
+    settings, limit, condition = settled(model), detection_limit(model), condition.to(model.device)
+    if settings.calibration == 0:
+        raw = raw_cells(model, settings, condition, counts, seed)
+        yield from ((row, first, decode_expression(values, limit)) for row, first, values in raw)
+        return
+    known = condition.is_known.cpu().numpy()
+    made = np.where(known, np.maximum(counts, settings.calibration_cells), counts)
+    raw = raw_cells(model, settings, condition, made, seed)
+    aims = lambda row: targets(model, condition[[row]])  # noqa: E731
+    yield from calibrated(raw, counts, aims, limit, settings.calibration_cells, settings.calibration)
+
+
+def settled(model: Any) -> SamplingSettings:
+    """The sampling settings of a model, with what held-out conditions decided in place of "auto".
+
+    Raises
+    ------
+    InputError
+        If training is to decide and has not.
+    """
+    settings = model.sampler
+    if not settings.open:
+        return settings
+    if model.choice is None:
+        raise InputError(
+            "calibrate=auto and control_start=auto are decided in training: train first, or set "
+            "model.sampler.calibrate and model.sampler.control_start"
+        )
+    return replace(settings, **{name: getattr(model.choice, name) for name in settings.open})
+
+
+def raw_cells(
+    model: Any, settings: SamplingSettings, condition: Condition, counts: Sequence[int], seed: int
+) -> Iterator[Block]:
+    """Stream generated values before the detection limit and calibration; see `stream_cells`."""
     from_controls = model.objective.source == "control" or settings.control_start is not None
-    if from_controls:
+    if model.objective.source == "control":
         control_pool(model).to(model.device).context_rows(condition)
     sampler = Sampler(
         model.velocity,
@@ -55,24 +91,22 @@ def stream_cells(model: Any, condition: Condition, counts: Sequence[int], seed: 
         guidance=settings.guidance,
         seed=seed,
         batch_size=model._batch_size,
-        source=(lambda *draw: start_at_controls(model, *draw)) if from_controls else None,
+        source=(lambda *draw: start_at_controls(model, settings, *draw)) if from_controls else None,
         encode_from=settings.control_start,
     )
-    if settings.calibrate == "none":
-        decode = lambda z: decode_expression(model.space.decode(z), limit)  # noqa: E731
-        yield from finite(sampler.stream(condition, counts, decode))
-        return
+    yield from finite(sampler.stream(condition, counts, model.space.decode))
+
+
+def targets(model: Any, condition: Condition) -> Targets | None:
+    """What calibration aims for in one condition; ``None`` if training lacks a perturbation of it.
+
+    One at a time: the bits of a matrix product may depend on the number of rows.
+    """
     if model.marginals is None:
         raise InputError("calibration is learned in training: train first, or set model.sampler.calibrate=none")
-    known = condition.is_known.cpu().numpy()
-    made = np.where(known, np.maximum(counts, settings.calibration_cells), counts)
-
-    def targets(row: int) -> Targets | None:
-        # One row at a time: the bits of a matrix product may depend on the number of rows.
-        return model.marginals.targets(condition[[row]].without_external(), limit or 0.0) if known[row] else None
-
-    raw = finite(sampler.stream(condition, made, model.space.decode))
-    yield from calibrated(raw, counts, targets, limit, settings.calibration_cells)
+    if not bool(condition.is_known):
+        return None
+    return model.marginals.targets(condition.without_external(), detection_limit(model) or 0.0)
 
 
 def finite(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -110,14 +144,19 @@ def control_pool(model: Any) -> ControlPool:
     return model.controls
 
 
-def start_at_controls(model: Any, condition: Condition, n: int, generator: torch.Generator) -> Tensor:
-    """Control cells (n, W) of the context of a condition (1), with noise."""
+def start_at_controls(
+    model: Any, settings: SamplingSettings, condition: Condition, n: int, generator: torch.Generator
+) -> tuple[Tensor, Condition]:
+    """Control cells (n, W) of the context of a condition (1), with noise, and the control condition that they have."""
     pool = control_pool(model).to(torch.device("cpu"))
     pick, noise = torch.rand(n, generator=generator), torch.randn(n, model.space.width, generator=generator)
-    cells = pool.draw(pool.context_rows(condition).expand(n), pick)
-    if (time := model.sampler.control_start) is not None:
-        return time * cells + (1 - time) * noise
-    return cells + model.objective.source_noise * noise
+    time = settings.control_start
+    if time is None:
+        cells = pool.draw(pool.context_rows(condition).expand(n), pick)
+        return cells + model.objective.source_noise * noise, condition.as_control()
+    row = pool.nearest_rows(condition)
+    cells, origin = pool.draw(row.expand(n), pick), condition.as_control().moved(pool.contexts[row])
+    return time * cells + (1 - time) * noise, origin
 
 
 def generate_table(model: Any, batch: Any, obs: pd.DataFrame) -> ad.AnnData:
@@ -149,7 +188,7 @@ def generate_table(model: Any, batch: Any, obs: pd.DataFrame) -> ad.AnnData:
 
 def warn_uncalibrated(model: Any, condition: Condition, labels: Sequence[str]) -> None:
     """Warn once about each label (N,) whose condition (N) calibration does not cover."""
-    if model.sampler.calibrate == "none":
+    if settled(model).calibration == 0:
         return
     known = condition.is_known.tolist()
     new = {str(label) for label, is_known in zip(labels, known, strict=True) if not is_known}

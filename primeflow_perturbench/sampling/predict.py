@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from primeflow_perturbench.conditions.embedding_tables import read_tables
+from primeflow_perturbench.conditions.embedding_tables import ExternalRows, read_tables
 from primeflow_perturbench.conditions.table import Conditions, encode_conditions, read_table
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.challenge.output import ChallengeOutput, challenge_settings
@@ -26,7 +26,7 @@ from primeflow_perturbench.pretrained.checkpoint import build_model, config_besi
 from primeflow_perturbench.pretrained.load import build_model as build_shared
 from primeflow_perturbench.pretrained.load import read_folder
 from primeflow_perturbench.pretrained.settings import as_plain, built
-from primeflow_perturbench.sampling.generate import detection_limit
+from primeflow_perturbench.sampling.generate import detection_limit, settled
 from primeflow_perturbench.sampling.sampler import Block
 from primeflow_perturbench.sampling.settings import SamplingSettings
 from primeflow_perturbench.sampling.writer import (
@@ -137,7 +137,7 @@ def read_conditions(
         cfg.n_cells,
         control_cells=control_cells,
         perturbation_embeddings=read_perturbation_embeddings(cfg, run, checkpoint["hyper_parameters"]),
-        external=model.external_rows(external_tables(cfg, run)),
+        external=ExternalRows.of(model, external_tables(cfg, run)),
         where=str(cfg.prediction_dataframe_path),
     )
 
@@ -247,15 +247,16 @@ def generate_to_disk(
 
 def sampling_record(model: PRiMeFlow, precision: str) -> dict[str, Any]:
     """Everything that determines the generated cells of a condition: the weights and the sampling settings."""
-    settings = model.sampler
+    settings = settled(model)
     return {
         "weights": digest(model.state_dict().values()),
         "seed": model.seed,
         "guidance": float(settings.guidance),
         "solver": asdict(settings.solver),
         "detection_limit": detection_limit(model),
-        "calibrate": settings.calibrate,
-        "calibration_cells": None if settings.calibrate == "none" else settings.calibration_cells,
+        "control_start": settings.control_start,
+        "calibrate": settings.calibration,
+        "calibration_cells": settings.calibration_cells if settings.calibration else None,
         "precision": precision,
     }
 

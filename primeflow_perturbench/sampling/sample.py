@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from primeflow_perturbench.conditions.embedding_tables import ExternalRows
 from primeflow_perturbench.conditions.table import encode_conditions
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.sampling.writer import cells_obs
@@ -59,7 +60,7 @@ def sample_conditions(
         context,
         n,
         perturbation_embeddings=perturbation_embeddings if width is not None else None,
-        external=model.external_rows(perturbation_embeddings),
+        external=ExternalRows.of(model, perturbation_embeddings),
         where="the conditions",
     )
     condition = model.encode(encoded)

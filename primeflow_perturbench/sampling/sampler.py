@@ -15,17 +15,21 @@ from primeflow_perturbench.sampling.batch_size import TILE, BatchSize
 from primeflow_perturbench.sampling.transfer import HostCopy, one_behind, to_device
 
 Finish = Callable[[Tensor], Tensor]
-Source = Callable[[Condition, int, torch.Generator], Tensor]
+Source = Callable[[Condition, int, torch.Generator], tuple[Tensor, Condition]]
 Block = tuple[int, int, Tensor]
 
 
 class Tile(NamedTuple):
-    """Cells ``first`` to ``first + n`` of the condition in row ``row``, and their starting points (TILE, W)."""
+    """Cells ``first`` to ``first + n`` of the condition in row ``row``.
+
+    They start at ``x_0`` (TILE, W), cells of the condition ``origin`` (1).
+    """
 
     row: int
     first: int
     n: int
     x_0: Tensor
+    origin: Condition
 
 
 def condition_generator(seed: int, key: bytes) -> torch.Generator:
@@ -78,10 +82,10 @@ class Sampler:
     batch_size
         Number of tiles that share a forward pass on an accelerator; keeps what it learns about memory.
     source
-        ``(condition (1), n, generator) -> x (n, W)`` on the CPU, the starting points of n cells; ``None`` is standard
-        normal noise.
+        ``(condition (1), n, generator) -> (x (n, W), origin (1))`` on the CPU, the starting points of n cells and the
+        condition that they have; ``None`` is standard normal noise.
     encode_from
-        Time of the starting points in (0, 1): they are first transported to noise by the flow of the control condition,
+        Time of the starting points in (0, 1): they are first transported to noise by the flow of their own condition,
         see `SamplingSettings.control_start`; ``None`` for starting points at time 0.
     """
 
@@ -145,8 +149,9 @@ class Sampler:
             # Each row is embedded alone: the bits of a matrix product may depend on the number of rows.
             single = [condition[[tile.row]] for tile in batch]
             if self.encode_from is not None:
-                control = torch.cat([self.embed(one.as_control()).expand(TILE, -1) for one in single])
-                x = self.solver.integrate(lambda x, t: self._plain_velocity(x, t, control), x, self.encode_from, 0.0)
+                origins = [tile.origin.to(condition.is_null.device) for tile in batch]
+                origin = torch.cat([self.embed(one).expand(TILE, -1) for one in origins])
+                x = self.solver.integrate(lambda x, t: self._plain_velocity(x, t, origin), x, self.encode_from, 0.0)
             embedded = torch.cat([self.embed(one).expand(TILE, -1) for one in single])
             return HostCopy(finish(self.solver.integrate(lambda x, t: self._velocity(x, t, embedded), x)))
         except torch.OutOfMemoryError:
@@ -159,12 +164,11 @@ class Sampler:
         for row, (key, n) in enumerate(zip(condition.row_keys(), counts, strict=True)):
             generator = condition_generator(self.seed, key)
             for first in range(0, int(n), TILE):
-                x_0 = self.source(condition[[row]], TILE, generator)
-                yield Tile(row, first, min(TILE, int(n) - first), x_0)
+                yield Tile(row, first, min(TILE, int(n) - first), *self.source(condition[[row]], TILE, generator))
 
-    def _noise(self, condition: Condition, n: int, generator: torch.Generator) -> Tensor:
+    def _noise(self, condition: Condition, n: int, generator: torch.Generator) -> tuple[Tensor, Condition]:
         """Standard normal noise (n, W)."""
-        return torch.randn(n, self.width, generator=generator)
+        return torch.randn(n, self.width, generator=generator), condition
 
     def _together(self, condition: Condition) -> int:
         """Number of tiles that share a forward pass."""

@@ -31,9 +31,19 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ends = trainer.global_step == trainer.max_steps and self._last_global_step_saved != trainer.global_step
         if ends and not trainer.fast_dev_run:
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save as Lightning does, and once more what was saved at this step if validation decides on sampling."""
+        super().on_validation_end(trainer, pl_module)
+        saved = self._last_global_step_saved == trainer.global_step and trainer.state.fn == TrainerFn.FITTING
+        if saved and getattr(pl_module, "held_out", None):
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save as Lightning does, unless one of several processes fails alone.

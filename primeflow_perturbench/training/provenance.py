@@ -118,17 +118,20 @@ def metrics_record(pipelines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"version": METRICS_VERSION, "pipelines": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def network_evaluations(model: Mapping[str, Any]) -> int | None:
+def network_evaluations(model: Mapping[str, Any], choice: Mapping[str, Any] | None = None) -> int | None:
     """Network evaluations per generated cell, ``None`` without a fixed-step solver.
 
-    Guidance doubles them, except for strengths 0 and 1; counterfactual sampling adds one integration.
+    Guidance doubles them, except for strengths 0 and 1; counterfactual sampling adds one integration. ``choice`` is
+    what held-out conditions decided, see `sampling.choice`.
     """
-    sampler = model.get("sampler") or {}
+    sampler = dict(model.get("sampler") or {})
+    if sampler.get("control_start") == "auto":
+        sampler["control_start"] = (choice or {}).get("control_start")
     settings = {key: value for key, value in (sampler.get("solver") or {}).items() if key != "_target_"}
     if not settings:
         return None
     evaluations = ODESolver(**settings).evaluations
     if evaluations is None:
         return None
-    legs = (1 if sampler.get("guidance", 1) in (0, 1) else 2) + (sampler.get("control_start") is not None)
+    legs = (1 if sampler.get("guidance", 1) in (0, 1) else 2) + (sampler.get("control_start") not in (None, "none"))
     return legs * evaluations

@@ -90,8 +90,8 @@ def with_shared_training(cfg: DictConfig, run: Callable[[DictConfig], object]) -
     folder = Path(cfg.paths.trainings_dir) / training_digest(cfg)
     training = _changed(cfg, {"test": False, "paths.output_dir": str(folder), "paths.trainings_dir": None})
     if OmegaConf.select(cfg, "model.sampler.calibrate") is not None:
-        # Calibration needs statistics that only training collects.
-        training = _changed(training, {"model.sampler.calibrate": "marginals"})
+        # Whatever the runs set: only training collects what calibration and control cells need, and decides on them.
+        training = _changed(training, {"model.sampler.calibrate": "auto", "model.sampler.control_start": "auto"})
     folder.mkdir(parents=True, exist_ok=True)
     # Further processes of one run are started by the process that holds the lock.
     with FileLock(folder / ".lock") if os.environ.get("LOCAL_RANK", "0") == "0" else nullcontext():

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from primeflow_perturbench.evaluation.shape import check_shape
 from primeflow_perturbench.files import replacing, write_json
 from primeflow_perturbench.finetuning.vocabulary_match import ReportFinetuning
 from primeflow_perturbench.perturbench.backend import EMBEDDED, backend, check_backend, check_data, load_embedded
+from primeflow_perturbench.sampling.choice import Choice
 from primeflow_perturbench.training.provenance import (
     commit,
     data_record,
@@ -99,13 +101,16 @@ def new_run(cfg: DictConfig, console: Console, folder: Path, digest: str) -> pd.
         return None
     module, earlier = done["datamodule"], {} if cfg.train else earlier_costs(cfg.ckpt_path)
     # Hashing a large file takes a while, so it waits until the model has accepted the settings.
-    record |= describe_run(cfg, (len(module.obs_df), module.num_genes) if cells is None else cells.shape)
+    choice = getattr(done["model"], "choice", None)
+    record |= describe_run(cfg, (len(module.obs_df), module.num_genes) if cells is None else cells.shape, choice)
     record["seconds"] = round(time.perf_counter() - start + earlier.get("seconds", 0), 1)
     record["steps"] = done["trainer"].global_step + earlier.get("steps", 0)
     record["peak_memory"] = peak_memory()
     record["checkpoint"] = saved_checkpoint(done["trainer"], folder)
     write_json(folder / "environment.json", record)
     console.print(costs(record))
+    if choice is not None:
+        console.print(choice.sentence())
     summary = score_run(cfg, cells.to_memory(), type(done["model"]).__name__, console) if cfg.test else None
     # Last, because the digest marks the run as finished.
     write_json(folder / "environment.json", record | {"settings": digest})
@@ -255,7 +260,7 @@ class KeepPredictions(L.Callback):
                 merge_predictions(chunks).write_h5ad(temporary)
 
 
-def describe_run(cfg: DictConfig, shape: tuple[int, int]) -> dict[str, Any]:
+def describe_run(cfg: DictConfig, shape: tuple[int, int], choice: Choice | None = None) -> dict[str, Any]:
     """The part of a run's record that names it and says which runs may stand in one table with it.
 
     Parameters
@@ -264,6 +269,8 @@ def describe_run(cfg: DictConfig, shape: tuple[int, int]) -> dict[str, Any]:
         Settings of the run. Its name is ``label``, else the choice of the ``model`` group.
     shape
         Number of cells and genes of the data.
+    choice
+        What held-out conditions decided, if anything was open.
     """
     chosen = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
     pipelines = OmegaConf.select(cfg, "data.evaluation.evaluation_pipelines")
@@ -274,7 +281,10 @@ def describe_run(cfg: DictConfig, shape: tuple[int, int]) -> dict[str, Any]:
         "seed": cfg.seed,
         "data": data_record(cfg.data.data.filename, *shape),
         "metrics": metrics_record([*scored, *({"shape": name} for name in cfg.get("shape") or ())]),
-        "evaluations": network_evaluations(OmegaConf.to_container(cfg.model, resolve=True)),
+        "evaluations": network_evaluations(
+            OmegaConf.to_container(cfg.model, resolve=True), None if choice is None else asdict(choice)
+        ),
+        **({"choice": asdict(choice)} if choice is not None else {}),
         **({"split": split_record(split)} if split.is_file() else {}),
     }
 

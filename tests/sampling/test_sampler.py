@@ -80,13 +80,14 @@ def gaussian_flow(x, t, condition):
 def test_control_cells_are_transported_by_both_flows():
     """Both flows of a Gaussian are affine, so the counterfactual of a point has a closed form."""
     points, time = torch.linspace(-1, 3, N_GENES), 0.6
-    settings = {"source": lambda condition, n, generator: points.expand(n, -1), "encode_from": time}
+    settings = {
+        "source": lambda condition, n, generator: (points.expand(n, -1), condition.as_control()),
+        "encode_from": time,
+    }
     cells = generated(repeated(A=3), network=gaussian_flow, solver=ODESolver("midpoint", 400), **settings)
     encoded = (points - time * 2.0) / (time**2 * 0.5**2 + (1 - time) ** 2) ** 0.5
     torch.testing.assert_close(cells, (-1 + 1.5 * encoded).expand(3, -1), atol=2e-3, rtol=0)
-    plain = generated(
-        repeated(A=3), network=gaussian_flow, solver=ODESolver("midpoint", 400), source=settings["source"]
-    )
+    plain = generated(repeated(A=3), **settings)
     assert (plain - cells).abs().max() > 0.5
 
 

@@ -15,7 +15,7 @@ def test_a_detection_limit_of_none_can_be_written_as_a_word():
         ({"guidance": float("nan")}, "guidance must be at least 0, got nan"),
         ({"detection_limit": "learnt"}, "detection_limit must be 'learned', 'none' or a number, got 'learnt'"),
         ({"detection_limit": -0.1}, "detection_limit must be at least 0, got -0.1"),
-        ({"calibrate": "mean"}, "calibrate must be 'none' or 'marginals', got 'mean'"),
+        ({"calibrate": "mean"}, "calibrate must be 'none', 'marginals', 'auto' or a number in .0, 1., got 'mean'"),
         ({"calibration_cells": 0}, "calibration_cells must be at least 1, got 0"),
         ({"cells_per_condition": 0}, "cells_per_condition must be at least 1, got 0"),
         ({"sample_batch_size": 0}, "sample_batch_size must be at least 1, or 'auto', got 0"),

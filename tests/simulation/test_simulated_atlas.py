@@ -136,7 +136,5 @@ def test_check_reports_numbers_and_errors_of_an_atlas(simulated, atlas, monkeypa
     wrong.write_text(yaml.safe_dump(description))
     assert check(monkeypatch, wrong) == 1
     text = capsys.readouterr().out
-    assert (
-        f"error: {wrong.with_name('atlas3.h5ad')}, obs column 'perturbation': found no cell labeled 'nobody'" in text
-    )
+    assert f"error: {wrong.with_name('atlas3.h5ad')}, obs column 'perturbation': found no cell labeled 'nobody'" in text
     assert text.strip().endswith(f"{wrong} will not train: 1 error")
