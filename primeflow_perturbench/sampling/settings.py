@@ -78,9 +78,8 @@ class SamplingSettings:
             raise InputError(f"detection_limit must be 'learned', 'none' or a number, got {limit!r}")
         if isinstance(limit, float | int) and not limit >= 0:
             raise InputError(f"detection_limit must be at least 0, got {limit}")
-        if self.calibrate not in (*CALIBRATIONS, "auto") and (
-            isinstance(self.calibrate, str) or not 0 <= self.calibrate <= 1
-        ):
+        share = CALIBRATIONS.get(self.calibrate, self.calibrate)
+        if share != "auto" and (isinstance(share, str | bool) or not 0 <= share <= 1):
             raise InputError(
                 f"calibrate must be 'none', 'marginals', 'auto' or a number in [0, 1], got {self.calibrate!r}"
             )

@@ -63,6 +63,7 @@ def test_held_out_conditions_are_perturbed_known_and_not_of_the_training():
 
 def test_pilots_leave_out_conditions_whose_perturbations_remain_those_with_most_cells_first(monkeypatch):
     monkeypatch.setattr(choice, "FEWEST", 5)
+    monkeypatch.setattr(choice, "MOST_CONDITIONS", 12)
     rows = ["A0"] * 5 + ["A1"] * 4 + ["AB1"] * 3 + ["B0"] * 2 + ["C0"] * 9 + ["0", "1"]
     keys = {name: conditions(name).row_keys()[0] for name in ("A0", "A1", "B0")}
     # C occurs in one condition only, so that it stays; a fifth of five conditions is one.

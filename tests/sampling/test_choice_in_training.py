@@ -17,9 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 
 
 @pytest.fixture(autouse=True)
-def _short_pilots(monkeypatch):
-    monkeypatch.setattr(choice, "STEPS", 3)
-    monkeypatch.setattr(choice, "CELLS", 8)
+def _pilots_with_few_conditions(monkeypatch):
     monkeypatch.setattr(choice, "FEWEST", 3)
 
 
