@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import lightning as L
 
 RECORD = "environment.json"
-# Settings that change where a result is written or what is printed, but no result.
+# Settings that change where a result is written, what is printed or how sums are rounded, but no result.
 WITHOUT_EFFECT = (
+    "threads",
     "run_name",
     "task_name",
     "paths.output_dir",

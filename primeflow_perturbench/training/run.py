@@ -11,11 +11,13 @@ import anndata as ad
 import hydra
 import lightning as L
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from primeflow_perturbench.console import flagged
 from primeflow_perturbench.data.atlas.module import NO_TEST
@@ -83,7 +85,8 @@ def train_run(cfg: DictConfig, console: Console) -> pd.DataFrame | None:
     if is_finished(cfg):
         console.print(f"Already finished; the run is in {folder}")
         return pd.read_csv(folder / "table.csv", index_col=0) if cfg.test else None
-    with alone_in(folder):
+    torch.get_num_threads()  # PyTorch chooses at the first use, which would undo the limit.
+    with alone_in(folder), threadpool_limits(cfg.threads):
         return new_run(cfg, console, folder, digest)
 
 
@@ -124,6 +127,8 @@ def check_settings(cfg: DictConfig) -> None:
     check_types(cfg)
     # The objects of the model check their own settings; the network waits for the data.
     hydra.utils.instantiate(cfg.model, _partial_=True)
+    if cfg.threads is not None and cfg.threads < 1:
+        raise InputError(f"threads={cfg.threads}: expected 1 or more, or null")
     if not reads_atlas(cfg):
         check_data(cfg.data)
     if not cfg.test:

@@ -30,6 +30,7 @@ PLAIN: dict[str, Any] = {
     "check": bool,
     "finetune": Switch,
     "seed": int | None,
+    "threads": int | None,
     "ckpt_path": str | None,
     "trust_checkpoint": bool,
     "label": str | None,

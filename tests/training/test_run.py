@@ -1,10 +1,13 @@
 import hashlib
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 
-from primeflow_perturbench.training.run import costs, describe_run
+from primeflow_perturbench.errors import InputError
+from primeflow_perturbench.training import run
+from primeflow_perturbench.training.run import costs, describe_run, train_run
 
 
 def composed(screen_path, *overrides, with_hydra=True):
@@ -53,3 +56,22 @@ def test_costs_report_seconds_steps_and_memory_also_of_a_gpu():
     assert costs(record) == "The run took 1,234 s (20,000 steps) and at most 1.2 GiB of memory."
     record["peak_memory"]["device_gib"] = 30.06
     assert costs(record).endswith("at most 1.2 GiB of memory and 30.1 GiB on the GPU.")
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [(["threads=3"], 3), (["experiment=quickstart"], 1), ([], 2)])
+def test_a_run_uses_the_threads_of_its_settings_and_leaves_those_of_its_caller(
+    screen_path, tmp_path, monkeypatch, overrides, expected
+):
+    monkeypatch.setattr(run, "new_run", lambda *_: torch.get_num_threads())
+    torch.set_num_threads(2)
+    try:
+        cfg = composed(screen_path, *overrides, f"paths.output_dir={tmp_path}", with_hydra=False)
+        assert train_run(cfg, None) == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_run_without_threads_is_refused(screen_path):
+    with pytest.raises(InputError, match="threads=0: expected 1 or more"):
+        train_run(composed(screen_path, "threads=0", with_hydra=False), None)
