@@ -170,7 +170,7 @@ def same_weights(a: Path, b: Path) -> bool:
     """Whether two checkpoints hold the same bits of weights and averaged weights."""
     import torch
 
-    first, second = (torch.load(path, map_location="cpu", weights_only=False) for path in (a, b))
+    first, second = (torch.load(path, map_location="cpu", weights_only=True) for path in (a, b))
     return all(
         torch.equal(value, second[part][name])
         for part in ("state_dict", "current_model_state")

@@ -151,6 +151,7 @@ def test_two_processes_leave_one_run(together):
     assert found == {
         *(".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"),
         *("config.yaml", "environment.json", "train_test_split.csv", "perturbation_covariate_split_map.csv"),
+        ".training.lock",
         *(f"checkpoints/step{STEPS}.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv"),
         *("predicted.h5ad", "summary.csv", "summary_by_cov.csv", "per_condition.parquet", "table.csv"),
     }
