@@ -34,6 +34,7 @@ from primeflow_perturbench.pretrained.save import save_model
 from primeflow_perturbench.pretrained.settings import as_plain, built, store_settings, with_transform
 from primeflow_perturbench.sampling import choice
 from primeflow_perturbench.sampling.batch_size import BatchSize
+from primeflow_perturbench.sampling.command_line import of_command_line
 from primeflow_perturbench.sampling.generate import control_pool, generate_table, stream_cells, warn_uncalibrated
 from primeflow_perturbench.sampling.sample import sample_conditions
 from primeflow_perturbench.sampling.sampler import Block, gather
@@ -101,7 +102,7 @@ class PRiMeFlow(PerturbationModel):
     ):
         # A checkpoint stores objects as plain values.
         network, conditions, space, objective, sampler = map(built, (network, conditions, space, objective, sampler))
-        objective, sampler = objective or Objective(), sampler or SamplingSettings()
+        objective, (sampler, seed) = objective or Objective(), of_command_line(sampler or SamplingSettings(), seed)
         if objective.source == "control" and sampler.control_start not in (None, "auto"):
             raise InputError("control_start encodes control cells for a Gaussian source: set source=gaussian")
         if sampler.guidance != 1 and objective.condition_dropout == 0:

@@ -1,5 +1,6 @@
 """One run, from its settings to its table: prepare and check the data, train, generate, score."""
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -239,7 +240,8 @@ class WriteSettings(L.Callback):
 class KeepPredictions(L.Callback):
     """Leaves the generated cells of a test as ``predicted.h5ad``, to be scored together with the references.
 
-    PerturBench itself scores its predictions and deletes them. The embedded subset keeps them and need not score.
+    PerturBench itself scores its predictions and leaves them in chunks. The embedded subset merges them and need not
+    score.
 
     Parameters
     ----------
@@ -253,16 +255,26 @@ class KeepPredictions(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell a model of the embedded subset not to score its predictions."""
         pl_module.evaluate_on_test = False
+        if backend() == EMBEDDED:
+            return
+        # PerturBench would merge the chunks of an earlier test as well.
+        if trainer.is_global_zero:
+            shutil.rmtree(chunks_of(pl_module), ignore_errors=True)
+        trainer.strategy.barrier()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge the chunks of all processes before PerturBench deletes them."""
+        """Merge the chunks of all processes."""
         if backend() == EMBEDDED:
             return
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            chunks = Path(pl_module.evaluation_config.get("save_dir") or ".") / "predicted_anndata"
             with replacing(self.folder / "predicted.h5ad") as temporary:
-                merge_predictions(chunks).write_h5ad(temporary)
+                merge_predictions(chunks_of(pl_module)).write_h5ad(temporary)
+
+
+def chunks_of(model: L.LightningModule) -> Path:
+    """Folder in which PerturBench leaves the predictions of a test."""
+    return Path(model.evaluation_config.get("save_dir") or ".") / "predicted_anndata"
 
 
 def describe_run(cfg: DictConfig, shape: tuple[int, int], choice: Choice | None = None) -> dict[str, Any]:

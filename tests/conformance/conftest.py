@@ -1,18 +1,25 @@
 """Report in the last line on which backends the conformance suite ran."""
 
+import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable
 
 import pytest
 
-from primeflow_perturbench.perturbench.backend import backend
+from primeflow_perturbench import __version__
+from primeflow_perturbench.perturbench.backend import EMBEDDED, backend
 
 
 def describe() -> str:
-    """Name of the backend of this process."""
-    if backend() == "perturbench":
-        return f"PerturBench {os.environ.get('PRIMEFLOW_CONFORMANCE_NAME', '')}".strip()
-    return "embedded subset"
+    """Name and version of the backend of this process."""
+    if backend() == EMBEDDED:
+        return f"embedded subset {__version__}"
+    try:
+        version = importlib.metadata.version("perturbench")
+    except importlib.metadata.PackageNotFoundError:  # on the path without being installed
+        version = getattr(importlib.import_module("perturbench.modelcore"), "VERSION", "of unknown version")
+    return f"PerturBench {os.environ.get('PRIMEFLOW_CONFORMANCE_NAME', 'itself')} {version}"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A quick proof runs by default, the whole suite with ``-m slow``.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,15 +39,19 @@ def run_suite(name: str, path: list[str], cases: list[str]) -> str:
     return done.stdout
 
 
+def backend_of(output: str, expected: str) -> str:
+    """The backend and its version that the suite printed."""
+    name = re.search(r"conformance suite ran on: (PerturBench .*)", output)[1]
+    assert name.startswith(f"PerturBench {expected}")
+    return name
+
+
 @CASES
 def test_the_suite_passes_on_a_stand_in_with_only_the_interface(ran, cases):
-    output = run_suite("(stand-in of our own)", [str(HERE / "standin")], cases)
-    assert "conformance suite ran on: PerturBench (stand-in of our own)" in output
-    ran("stand-in of our own")
+    ran(backend_of(run_suite("(stand-in of our own)", [str(HERE / "standin")], cases), "(stand-in of our own) 0.0.0"))
 
 
 @pytest.mark.skipif(not installed(), reason="PerturBench itself is not installed")
 @CASES
 def test_the_suite_passes_on_perturbench_itself(ran, cases):
-    assert "conformance suite ran on: PerturBench itself" in run_suite("itself", [], cases)
-    ran("PerturBench itself")
+    ran(backend_of(run_suite("itself", [], cases), "itself "))

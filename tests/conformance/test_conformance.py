@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from primeflow_perturbench import PRiMeFlow
 from primeflow_perturbench.perturbench.backend import backend, load
 from primeflow_perturbench.perturbench.embedded.modelcore.train import train
+from primeflow_perturbench.training.run import KeepPredictions
 
 SMALL = [
     "data=h5ad",
@@ -252,6 +253,17 @@ def test_a_condition_of_one_cell_keeps_its_axis(run, tmp_path, screen_path):
 def summary_of_one(model, metric):
     table = pd.DataFrame(model.summary_metrics)
     return table.loc[metric].iloc[0] if metric in table.index else table[metric].iloc[0]
+
+
+def test_chunks_of_an_earlier_test_are_not_merged(run, tmp_path, screen, screen_path):
+    stale = screen[:3].copy()
+    stale.obs["_condition_idx"] = 10**6
+    (tmp_path / "predicted_anndata").mkdir()
+    stale.write_h5ad(tmp_path / "predicted_anndata" / "predicted_rank0_batch999.h5ad")
+    given = settings(screen_path, tmp_path, "train=false", f"ckpt_path={checkpoint_of(run)}")
+    done = train(given, callbacks=[KeepPredictions(tmp_path)])
+    cells = ad.read_h5ad(tmp_path / "predicted.h5ad")
+    assert cells.obs["_condition_idx"].tolist() == sorted(list(range(len(done["datamodule"].test_iterator))) * 6)
 
 
 def test_synthetic_controls_are_predicted_and_scored(run, tmp_path, screen_path):

@@ -1,6 +1,8 @@
 """PerturBench's own commands with our model, compared with our command under the same settings."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,12 +76,13 @@ METRICS = ("rmse_average", "rmse_rank_average", "cosine_logfc")
 HERE = Path(__file__).parent
 
 
-def call(*command, environment=None) -> str:
+def call(*command, environment=None, folder=None) -> str:
     """Run a Python command that must succeed, and return its standard output."""
     path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
     given = os.environ | {"OMP_NUM_THREADS": "1", "PRIMEFLOW_BENCHMARK": "perturbench", "PYTHONPATH": path}
+    given |= environment or {}
     done = subprocess.run(
-        [sys.executable, *command], env=given | (environment or {}), capture_output=True, text=True, check=False
+        [sys.executable, *command], env=given, cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done.stdout
@@ -230,23 +233,122 @@ def test_perturbenchs_own_models_train_with_our_schedule(tmp_path, data):
     assert found == pytest.approx([0.01 * expected.lr_lambdas[0](step) for step in range(len(found))])
 
 
-@pytest.mark.slow
-def test_perturbenchs_predict_writes_cells(perturbench_run, tmp_path, data):
-    folder, _ = perturbench_run
-    checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
+def quoted(checkpoint: Path) -> str:
+    """The override of a checkpoint's path, which contains an equals sign."""
+    return f"ckpt_path='{checkpoint}'"
+
+
+@pytest.fixture(scope="module")
+def conditions(data) -> Path:
+    """A table of two conditions."""
     screen = ad.read_h5ad(data / "norman19_processed.h5ad", backed="r")
-    line = screen.obs["cell_type"].iloc[0]
-    label = next(label for label in screen.obs["condition"] if label != "control" and "+" not in label)
-    pd.DataFrame({"cell_type": [line], "condition": [label]}).to_csv(tmp_path / "conditions.csv", index=False)
+    labels = [label for label in screen.obs["condition"].unique() if label != "control" and "+" not in label][:2]
+    table = pd.DataFrame({"cell_type": screen.obs["cell_type"].iloc[0], "condition": labels})
+    table.to_csv(data / "conditions.csv", index=False)
+    return data / "conditions.csv"
+
+
+def perturbench_predict(data: Path, conditions: Path, folder: Path, checkpoint: Path, *given: str) -> ad.AnnData:
+    """Run PerturBench's own ``predict`` for 6 cells of each condition."""
     call(
         *("-m", "perturbench.modelcore.predict", "data=norman19_no_controls", "model=primeflow_mlp"),
-        *(f"data.data.filename={data / 'norman19_processed.h5ad'}", f"ckpt_path='{checkpoint}'"),
-        *(f"prediction_dataframe_path={tmp_path / 'conditions.csv'}", f"output_path={tmp_path / 'cells'}"),
-        *("trainer.accelerator=cpu", "data.data_iter_factory.covariate_keys=[cell_type]", f"hydra.run.dir={tmp_path}"),
+        *("+data/prediction=default", f"data.prediction.prediction_dataframe_path={conditions}"),
+        *(f"data.data.filename={data / 'norman19_processed.h5ad'}", quoted(checkpoint), f"output_path={folder}"),
+        *(*TRANSFER, "data.loader.num_workers=0", "trainer.accelerator=cpu", "trainer.precision=32"),
+        *("data.prediction.predict_data_iter_factory.max_control_cells_per_covariate=6", f"hydra.run.dir={folder}"),
+        *given,
     )
-    cells = ad.read_h5ad(next((tmp_path / "cells").glob("*.h5ad")))
-    assert set(cells.obs["condition"]) == {label}
-    assert (np.asarray(cells.X) >= 0).all()
+    return ad.concat([ad.read_h5ad(path) for path in sorted(folder.glob("prediction_*.h5ad"))])
+
+
+def our_predict(conditions: Path, folder: Path, checkpoint: Path, *given: str, backend="embedded") -> ad.AnnData:
+    """Run ``primeflow predict`` for 6 cells of each condition. The embedded subset does without PerturBench."""
+    environment = {"PRIMEFLOW_BENCHMARK": backend}
+    if backend == "embedded":
+        paths = [path for path in sys.path if not (Path(path) / "perturbench" / "modelcore").is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    call(
+        *("-m", "primeflow_perturbench", "predict", quoted(checkpoint), f"prediction_dataframe_path={conditions}"),
+        *(f"output_path={folder / 'cells.h5ad'}", "n_cells=6", "accelerator=cpu", f"hydra.run.dir={folder}", *given),
+        *(["precision=32-true"]),
+        environment=environment,
+    )
+    return ad.read_h5ad(folder / "cells.h5ad")
+
+
+def dense(cells: ad.AnnData) -> np.ndarray:
+    return np.asarray(cells.to_df())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_gives_the_same_cells_wherever_it_is_loaded(perturbench_run, tmp_path, data, conditions):
+    """In both directions: trained by PerturBench and by the embedded subset, and read by each other."""
+    ours = ["test=false", "callbacks.model_checkpoint.filename=own"]
+    our_train(data, tmp_path / "ours", "transfer", *ours, environment={"PRIMEFLOW_BENCHMARK": "embedded"})
+    theirs = next((perturbench_run[0] / "checkpoints").glob("*=*.ckpt"))
+    for name, checkpoint in (("theirs", theirs), ("ours", tmp_path / "ours" / "checkpoints" / "own.ckpt")):
+        cells = perturbench_predict(data, conditions, tmp_path / f"{name}_there", checkpoint)
+        assert cells.obs["condition"].tolist() == [
+            label for label in pd.read_csv(conditions)["condition"] for _ in range(6)
+        ]
+        assert (dense(cells) >= 0).all()
+        for backend_name in ("embedded", "perturbench"):
+            here = our_predict(conditions, tmp_path / f"{name}_{backend_name}", checkpoint, backend=backend_name)
+            assert here.obs["condition"].tolist() == cells.obs["condition"].tolist()
+            np.testing.assert_array_equal(dense(here), dense(cells))
+        tested = perturbench_train(data, tmp_path / f"{name}_tested", "transfer", "train=false", quoted(checkpoint))
+        assert set(printed(tested)) == set(METRICS)
+        if name == "theirs":
+            assert printed(tested) == printed(perturbench_run[1])
+
+
+@pytest.mark.slow
+def test_sampling_settings_on_perturbenchs_command_line_reach_the_model(perturbench_run, tmp_path, data, conditions):
+    checkpoint = next((perturbench_run[0] / "checkpoints").glob("*.ckpt"))
+    given = ["model.sampler.guidance=2", "model.sampler.solver.steps=3", "seed=8"]
+    there = perturbench_predict(data, conditions, tmp_path / "there", checkpoint, *given)
+    here = our_predict(conditions, tmp_path / "here", checkpoint, *given)
+    np.testing.assert_array_equal(dense(there), dense(here))
+    plain = our_predict(conditions, tmp_path / "plain", checkpoint)
+    assert not np.array_equal(dense(here), dense(plain))
+    with pytest.raises(AssertionError, match=r"model.network.width=8 has no effect"):
+        perturbench_predict(data, conditions, tmp_path / "refused", checkpoint, "model.network.width=8")
+
+
+SMALL = {
+    "train": [
+        "data.loader.batch_size=512",
+        "data.evaluation.run_cell_eval=false",
+        "data.evaluation.test_data_iter_factory.max_control_cells_per_covariate=4",
+        "trainer.max_epochs=1",
+        "model.sampler.calibration_cells=8",
+    ],
+    "predict": ["data.prediction.predict_data_iter_factory.max_control_cells_per_covariate=4"],
+}
+OF_BOTH = ["paths.data_dir=.", "data.loader.num_workers=0", "trainer.accelerator=cpu", "trainer.precision=32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "section"), [("README.md", "PerturBench"), ("docs/perturbench.md", "Inside PerturBench")]
+)
+def test_the_commands_of_the_documentation_run_as_they_are_written(tmp_path, data, conditions, page, section):
+    text = (HERE.parents[1] / page).read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    script = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
+    lines = [
+        shlex.split(line) for line in script.replace("\\\n", " ").splitlines() if not line.startswith("pip install")
+    ]
+    assert [words[0] for words in lines] == ["train", "predict"]
+    for name in ("norman19_processed.h5ad", "conditions.csv"):
+        shutil.copy(data / name, tmp_path / name)
+    for command, *overrides in lines:
+        small = ["model.network.channels=8"] if command == "train" and "model=primeflow" in overrides else []
+        faster = ["model.sampler.solver.steps=1"]
+        given = [*overrides, *SMALL[command], *OF_BOTH, *small, *faster]
+        call("-m", f"perturbench.modelcore.{command}", *given, folder=tmp_path)
+    cells = ad.concat([ad.read_h5ad(path) for path in sorted((tmp_path / "cells").glob("*.h5ad"))])
+    assert cells.obs["condition"].nunique() == 2
+    assert np.isfinite(dense(cells)).all()
 
 
 @pytest.mark.parametrize(

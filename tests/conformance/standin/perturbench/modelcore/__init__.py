@@ -1,1 +1,3 @@
-"""Stand-in."""
+"""Models and commands."""
+
+VERSION = "0.0.0"
