@@ -52,5 +52,5 @@ def loading_overrides() -> list:
     if not any(override.key_or_group == "ckpt_path" and override.value() for override in overrides):
         return []
     # A command that trains on or tests repeats the settings of its run.
-    predicts = config.job.config_name == "predict"
+    predicts = Path(config.job.config_name).stem == "predict"
     return [override for override in overrides if predicts or override.key_or_group.startswith((SAMPLER, *SEEDS))]
