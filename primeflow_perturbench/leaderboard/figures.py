@@ -28,6 +28,7 @@ from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.table import heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard.collect import ConditionCells
+from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.metrics import log_fold_change
 
 # Inches; small enough that text keeps its size on a phone.
 SIZE = (4.0, 3.0)
@@ -45,8 +46,6 @@ MODELS_SHOWN = 40
 # Most values are zero, so the upper end gets as many quantiles as all the rest.
 QUANTILES = np.concatenate([np.linspace(0, 0.95, 100), 1 - np.geomspace(0.05, 1e-4, 100)[1:]])
 QUANTILES_REPORTED = (0.5, 0.9, 0.99, 0.999)
-# PerturBench's logfc adds this to the mean expression before the logarithm.
-LOGFC_OFFSET = 0.1
 SEED = 0
 
 Arrays = dict[str, np.ndarray]
@@ -220,15 +219,10 @@ def zero_fractions(cells: Arrays, genes: Sequence[str]) -> Picture:
     return Picture(figure, alt)
 
 
-def log_fold_change(cells: np.ndarray, control: np.ndarray) -> np.ndarray:
-    """PerturBench's logfc (G,): the difference of log2(mean(expm1(x)) + 0.1) between cells and controls."""
-    level = [np.log2(np.expm1(x).mean(0) + LOGFC_OFFSET) for x in (cells, control)]
-    return level[0] - level[1]
-
-
 def fold_changes(cells: Arrays, genes: Sequence[str]) -> Picture:
     """Log fold changes against controls, one point per gene: predicted against observed, with their correlation."""
-    x, y = (log_fold_change(cells[name], cells["control"]) for name in ("observed", "predicted"))
+    control = cells["control"].mean(0)
+    x, y = (log_fold_change(cells[name].mean(0), control) for name in ("observed", "predicted"))
     figure, ax = _panel("observed log2 fold change", "predicted")
     ax.axhline(0, color=LINE, linewidth=0.8, zorder=0)
     ax.axvline(0, color=LINE, linewidth=0.8, zorder=0)

@@ -15,7 +15,7 @@ from primeflow_perturbench.files import file_hash
 from primeflow_perturbench.flow.solver import ODESolver
 
 # Increase it whenever the same cells would get other scores.
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 
 PACKAGES = (
     "primeflow-perturbench",

@@ -15,9 +15,10 @@ from primeflow_perturbench.perturbench.embedded.errors import DataError
 
 REFERENCE = "ref"
 ONE_GROUP = "all"
-AGGREGATIONS = ("average", "logfc", "scores", "logp", "pca", "pca_average", "none")
+AGGREGATIONS = ("average", "logfc", "scores", "logp", "pca", "pca_average", "none", "scaled", "var", "pvals")
 CELL_AGGREGATIONS = ("pca", "none")
-CONTROL_AGGREGATIONS = ("logfc", "scores", "logp")
+TEST_AGGREGATIONS = ("scores", "logp", "pvals")
+CONTROL_AGGREGATIONS = ("logfc", *TEST_AGGREGATIONS)
 SIMILARITIES = {
     "pearson": metrics.pearson,
     "cosine": metrics.cosine,
@@ -60,7 +61,8 @@ class Evaluation:
     aggr
         ``aggr[aggregation][model or "ref"][covariates][perturbation]``: array of shape (n_genes,), of shape
         (n_components,) for pca_average, (n_cells, n_components) for pca and (n_cells, n_genes) for none.
-        Genes are in the reference's order; for scores and logp in alphabetical order (`sorted_genes`).
+        Genes are in the reference's order; for scores, logp and pvals in alphabetical order
+        (`sorted_genes`).
     evals
         ``evals[aggregation][metric]``: DataFrame with columns cov_pert, model, metric.
     pairwise_evals
@@ -120,20 +122,24 @@ class Evaluation:
         use_control_variance: bool = False,
         n_components: int = 100,
         pseudocount: float = 0.1,
+        adjust_var: bool = True,
     ) -> dict:
         """Compute, store and return ``aggr[aggr_method]``.
 
         Parameters
         ----------
         aggr_method
-            average, logfc, scores, logp, pca, pca_average or none.
+            average, logfc, scores, logp, pvals, scaled, var, pca, pca_average or none. scaled is the mean after
+            scaling the cells of a covariate group, controls included, as `scanpy.pp.scale` does.
         use_control_variance
-            For scores and logp: use the variance of the controls for predicted genes, for models that predict only a
-            mean.
+            For scores, logp and pvals: use the variance of the controls for predicted genes, for models that predict
+            only a mean.
         n_components
             For pca and pca_average.
         pseudocount
             For logfc.
+        adjust_var
+            For var: the standard deviation over the mean instead of the variance.
         """
         _check_choice("aggregation", aggr_method, AGGREGATIONS)
         if aggr_method in CONTROL_AGGREGATIONS:
@@ -148,8 +154,12 @@ class Evaluation:
                     values: Iterable = (cells.of(group, p) for p in perturbations)
                     if pca is not None:
                         values = map(pca.transform, values)
-                elif aggr_method in ("scores", "logp"):
+                elif aggr_method in TEST_AGGREGATIONS:
                     values = self._scores(cells, group, aggr_method, use_control_variance and predicted)
+                elif aggr_method == "scaled":
+                    values = self._scaled(cells, group)
+                elif aggr_method == "var":
+                    values = np.stack([metrics.variation(cells.of(group, p), adjust_var) for p in perturbations])
                 else:
                     values = np.stack([cells.mean(group, p) for p in perturbations])
                     if pca is not None:
@@ -182,6 +192,13 @@ class Evaluation:
     def _control_source(self, cells: _Cells, group: str) -> _Cells:
         return cells if (group, self.ctrl) in cells.rows else self._ref
 
+    def _scaled(self, cells: _Cells, group: str) -> np.ndarray:
+        """Scaled means of a group's conditions; its control cells are scaled with them."""
+        source = self._control_source(cells, group)
+        controls = [source.of(group, self.ctrl)] if (group, self.ctrl) in source.rows else []
+        perturbed = [cells.of(group, p) for p in self._groups[group]]
+        return metrics.scaled_means([*perturbed, *controls])[: len(perturbed)]
+
     def _scores(self, cells: _Cells, group: str, aggr_method: str, use_control_variance: bool) -> np.ndarray:
         source = self._control_source(cells, group)
         spread = [(source, self.ctrl)]
@@ -203,7 +220,11 @@ class Evaluation:
         variance = np.stack([control_variance if use_control_variance else v for _, v in moments])
         n_cells = np.array([len(x) for x in perturbed])
         scores, p_values = metrics.t_scores(mean, variance, n_cells, control_mean, control_variance)
-        values = metrics.signed_log_p(scores, p_values) if aggr_method == "logp" else scores
+        if aggr_method == "logp":
+            values = metrics.signed_log_p(scores, p_values)
+        else:
+            # An infinite score counts as 0, so its p-value counts as 1.
+            values = scores if aggr_method == "scores" else np.where(scores == 0, 1.0, p_values)
         return values[:, np.argsort(self.genes, kind="stable")]
 
     def _forget(self, aggr_method: str) -> None:
@@ -214,7 +235,9 @@ class Evaluation:
                 del store[key]
 
     # ------------------------------------------------------------------------------------------------ scores
-    def evaluate(self, aggr_method: str, metric: str, **metric_kwargs: Any) -> pd.DataFrame:
+    def evaluate(
+        self, aggr_method: str, metric: str, n_top_degs: int | None = None, **metric_kwargs: Any
+    ) -> pd.DataFrame:
         """Score every condition; store and return ``evals[aggr_method][metric]``.
 
         Parameters
@@ -223,17 +246,20 @@ class Evaluation:
             An aggregation; computed with default settings unless `aggregate` was called for it.
         metric
             rmse, mse, mae, pearson, cosine, r2_score, top_k_recall (keyword k = 50), or mmd for pca and none.
+        n_top_degs
+            Compare only this many genes of a condition: those with the largest absolute score in the reference.
         metric_kwargs
             Keyword arguments of the metric.
         """
         self._prepare(aggr_method, metric, metric_kwargs)
-        reuse = self._pairwise_kwargs.get((aggr_method, metric)) == metric_kwargs
+        top = None if n_top_degs is None else self._top_genes(aggr_method, n_top_degs)
+        reuse = top is None and self._pairwise_kwargs.get((aggr_method, metric)) == metric_kwargs
         rows = []
         for model, group, perturbations in self._model_groups():
             if reuse:
                 values = np.diagonal(self.pairwise_evals[aggr_method][metric][model][group])
             else:
-                values = self._compare(aggr_method, metric, model, group, metric_kwargs, paired=True)
+                values = self._compare(aggr_method, metric, model, group, metric_kwargs, paired=True, top=top)
             rows += [(f"{group}_{p}", model, value) for p, value in zip(perturbations, values, strict=True)]
         frame = pd.DataFrame(rows, columns=["cov_pert", "model", "metric"])
         self.evals.setdefault(aggr_method, {})[metric] = frame
@@ -282,17 +308,41 @@ class Evaluation:
         if aggr_method not in self.aggr:
             self.aggregate(aggr_method)
 
+    def _top_genes(self, aggr_method: str, n: int) -> dict[str, np.ndarray]:
+        """Positions of each condition's n genes in the vectors of an aggregation, shape (n_conditions, n) by group."""
+        if aggr_method.startswith("pca") or aggr_method in CELL_AGGREGATIONS or n < 1:
+            raise DataError(
+                f"n_top_degs = {n} with aggregation {aggr_method!r}: give at least one gene and an aggregation with "
+                "one value per gene."
+            )
+        self.require_controls()
+        by_name = np.argsort(self.genes, kind="stable")
+        positions = np.arange(len(by_name)) if aggr_method in TEST_AGGREGATIONS else by_name
+        return {
+            group: positions[np.argsort(-np.abs(self._scores(self._ref, group, "scores", False)), kind="stable")[:, :n]]
+            for group in self._groups
+        }
+
     def _model_groups(self) -> Iterator[tuple[str, str, list[str]]]:
         for model in self._models:
             for group, perturbations in self._groups.items():
                 yield model, group, perturbations
 
     def _compare(
-        self, aggr_method: str, metric: str, model: str, group: str, metric_kwargs: dict, paired: bool
+        self,
+        aggr_method: str,
+        metric: str,
+        model: str,
+        group: str,
+        metric_kwargs: dict,
+        paired: bool,
+        top: dict[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Scores of a group: shape (n, n), predictions by observations, or (n,) if paired."""
         predicted = list(self.aggr[aggr_method][model][group].values())
         observed = list(self.aggr[aggr_method][REFERENCE][group].values())
+        if top is not None:
+            predicted, observed = ([x[i] for x, i in zip(v, top[group], strict=True)] for v in (predicted, observed))
         pairs = list(zip(predicted, observed, strict=True))
         if metric == CELL_METRIC:
             if paired:

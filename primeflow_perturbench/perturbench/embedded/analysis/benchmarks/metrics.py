@@ -49,7 +49,9 @@ def mean_and_variance(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_fold_change(mean: np.ndarray, control_mean: np.ndarray, pseudocount: float = 0.1) -> np.ndarray:
-    """``log2(mean + pseudocount) - log2(control_mean + pseudocount)``.
+    """``log2(mean + pseudocount) - log2(control_mean + pseudocount)``, of the expression as given, without expm1.
+
+    A gene whose mean is below ``-pseudocount``, which cells with negative values can have, counts as unchanged: 0.
 
     Parameters
     ----------
@@ -60,7 +62,45 @@ def log_fold_change(mean: np.ndarray, control_mean: np.ndarray, pseudocount: flo
     pseudocount
         Keeps the logarithm finite for genes without expression.
     """
-    return np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        change = np.log2(mean + pseudocount) - np.log2(control_mean + pseudocount)
+    return np.where(np.isnan(change), 0.0, change)
+
+
+def variation(cells: np.ndarray, adjust: bool = True) -> np.ndarray:
+    """Standard deviation over mean of every gene, or its variance (denominator n); 0 where undefined, shape (n_genes,).
+
+    Parameters
+    ----------
+    cells
+        Expression, shape (n_cells, n_genes).
+    adjust
+        Divide the standard deviation by the mean instead of returning the variance.
+    """
+    variance = cells.var(axis=0, dtype=np.float64)
+    if not adjust:
+        return variance
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.sqrt(variance) / cells.mean(axis=0, dtype=np.float64)
+    return np.where(np.isnan(ratio), 0.0, ratio)
+
+
+def scaled_means(sets: Sequence[np.ndarray], largest: float = 10) -> np.ndarray:
+    """Mean of each set of cells after `scanpy.pp.scale` of all of them together, shape (n_sets, n_genes).
+
+    Parameters
+    ----------
+    sets
+        Arrays of cells, each of shape (n_cells, n_genes).
+    largest
+        Largest absolute value after scaling.
+    """
+    cells = np.concatenate(sets).astype(np.float64)
+    spread = cells.std(axis=0, ddof=1) if len(cells) > 1 else np.zeros(cells.shape[1])
+    # The spread of equal numbers is a rounding error, which must not scale another one.
+    spread[np.ptp(cells, axis=0) == 0] = 1
+    scaled = np.clip((cells - cells.mean(axis=0)) / spread, -largest, largest)
+    return np.stack([part.mean(axis=0) for part in np.split(scaled, np.cumsum([len(x) for x in sets])[:-1])])
 
 
 def t_scores(
