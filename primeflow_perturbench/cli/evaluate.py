@@ -11,7 +11,7 @@ def parse() -> argparse.Namespace:
         prog="primeflow evaluate",
         description="Score predicted cells against measured cells with PerturBench's metrics, or a challenge's.",
     )
-    parser.add_argument("predicted", help="h5ad of predicted cells")
+    parser.add_argument("predicted", help="h5ad of predicted cells, or with --label a run of PerturBench")
     parser.add_argument("measured", help="h5ad of measured cells of the same conditions, with controls")
     parser.add_argument("--perturbation-key", default="condition", help="column of obs (default: %(default)s)")
     parser.add_argument("--covariate-keys", nargs="*", default=[], help="columns of obs (default: none)")
@@ -29,6 +29,13 @@ def parse() -> argparse.Namespace:
         help="score against the predicted control cells instead of the measured ones",
     )
     parser.add_argument("--output", help="folder for tables of the scores: means, by covariate, by condition")
+    entry = parser.add_argument_group("leaderboard", "leave a run that `primeflow leaderboard` takes beside others")
+    entry.add_argument("--label", help="row of the cells; `measured` is then the data file of the other runs")
+    entry.add_argument("--split", help="CSV of cell and split (default: that of the run of PerturBench)")
+    entry.add_argument("--seed", type=int, default=0, help="seed of the model (default: %(default)s)")
+    entry.add_argument(
+        "--delimiter", default="+", help="text between the parts of a combination (default: %(default)s)"
+    )
     challenge = parser.add_argument_group(
         "Virtual Cell Challenge", "metrics of a year's own library (extra `vcc`), each row in a process of its own"
     )
@@ -76,6 +83,27 @@ def main() -> None:
             output=chosen.output,
         )
 
+    def enter_run() -> None:
+        from pathlib import Path
+
+        from primeflow_perturbench.data.checks import read_h5ad
+        from primeflow_perturbench.errors import InputError
+        from primeflow_perturbench.leaderboard.entry import Entry, enter, perturbench_entry
+
+        path = Path(chosen.predicted)
+        if chosen.output is None or (chosen.split is None and not path.is_dir()):
+            raise InputError("--label leaves a run; give its folder with --output and the split with --split")
+        if chosen.pipelines != "paper" or chosen.synthetic_controls or chosen.profile is not None:
+            raise InputError(
+                "--label scores with the metrics of our runs; remove --pipelines, --synthetic-controls and --profile"
+            )
+        if path.is_dir():
+            entry = perturbench_entry(path, chosen.label, chosen.split)
+        else:
+            named = columns | {"perturbation_combination_delimiter": chosen.delimiter}
+            entry = Entry(path, read_h5ad(path), chosen.label, chosen.seed, Path(chosen.split), named)
+        enter(entry, chosen.measured, chosen.output, console)
+
     def work() -> None:
         from primeflow_perturbench.evaluation.score import evaluate_files
 
@@ -89,4 +117,7 @@ def main() -> None:
             output=chosen.output,
         )
 
-    answering(work if chosen.profile is None else challenge)
+    if chosen.label is not None:
+        answering(enter_run)
+    else:
+        answering(work if chosen.profile is None else challenge)

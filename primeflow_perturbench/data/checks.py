@@ -100,7 +100,7 @@ def check_anndata(
         findings += check_controls(adata.obs, where, perturbation_key, control, known)
         labels = adata.obs[perturbation_key].dropna().astype(str).unique()
         findings += check_labels(labels, where, control, perturbation_combination_delimiter or None)
-    return findings + _check_values(adata, file, expect, layer)
+    return findings + check_values(adata, file, expect, layer)
 
 
 def check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
@@ -261,7 +261,10 @@ def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield np.asarray(chunk).ravel(), np.tile(np.arange(n_genes), len(chunk))
 
 
-def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | None) -> list[Finding]:
+def check_values(
+    adata: anndata.AnnData, file: str, expect: str = "log1p", layer: str | None = None, negatives: bool = False
+) -> list[Finding]:
+    """Check that expression values are finite, positive unless ``negatives``, and log1p or counts as expected."""
     where = f"{file}, X" if layer is None else f"{file}, layer {layer!r}"
     if layer is not None and layer not in adata.layers:
         found = f"only the layers {quoted(adata.layers)}" if len(adata.layers) else "no layers at all"
@@ -271,7 +274,7 @@ def _check_values(adata: anndata.AnnData, file: str, expect: str, layer: str | N
         return [Finding("error", where, "no matrix", "expression values", "name the layer that holds them")]
     scan, findings = _scan(matrix, adata.n_vars), []
     for kind, per_gene in scan.invalid.items():
-        if per_gene.any():
+        if per_gene.any() and not (negatives and kind == "negative"):
             genes = np.flatnonzero(per_gene)
             place = f"{where}, gene {str(adata.var_names[genes[0]])!r}"
             found = f"{kind} values, {per_gene.sum()} in {counted(genes, 'gene')} of which this is the first"
