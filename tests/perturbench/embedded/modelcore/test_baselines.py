@@ -154,11 +154,12 @@ def test_linear_additive_recovers_planted_effects():
     dataset.transform = LinearModelPipeline(context["perturbation_uniques"])
     assert context["perturbation_uniques"] == ["A", "B", "C"]
     batch = dataset[range(len(dataset))]
-    model = LinearAdditive(G, P, dataset.transform, context, None, wd=0.0)
+    model = LinearAdditive(G, P, dataset.transform, context, None, wd=0.0, softplus_output=False)
     residual = (batch.gene_expression - batch.controls).double()
-    solution = torch.linalg.lstsq(batch.perturbations.double(), residual).solution
-    fit(model, batch, 400, 0.05)
-    found = model.effect.weight.T.detach()
+    inputs = torch.cat([batch.perturbations, torch.ones(len(residual), 1)], dim=1).double()
+    solution = torch.linalg.lstsq(inputs, residual).solution[:-1]
+    fit(model, batch, 2500, 0.05)
+    found = model.fc_pert.weight.T.detach()
     np.testing.assert_allclose(found, solution, atol=1e-3)
     np.testing.assert_allclose(found, effects, atol=0.03)
 
@@ -170,11 +171,23 @@ def test_linear_additive_recovers_planted_effects():
     np.testing.assert_allclose(predicted.X, np.tile(2 + effects[0] + effects[2], (4, 1)), atol=0.06)
 
 
-def test_linear_additive_predicts_controls_until_trained():
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("observed_as_control", [True, False])
+def test_linear_additive_equals_its_formula(softplus, observed_as_control):
     batch = make_batch()
-    model = make("linear_additive")
-    assert torch.equal(model.predict(batch), batch.controls)
-    assert torch.equal(model.predict(batch._replace(controls=None)), batch.gene_expression)
+    model = make("linear_additive", softplus_output=softplus, observed_as_control=observed_as_control)
+    assert inspect.signature(LinearAdditive).parameters["softplus_output"].default is True
+
+    def formula(start):
+        x = start + batch.perturbations @ model.fc_pert.weight.T + model.fc_pert.bias
+        return torch.log1p(x.exp()) if softplus else x
+
+    torch.testing.assert_close(model.predict(batch), formula(batch.controls))
+    torch.testing.assert_close(model.predict(batch._replace(controls=None)), formula(batch.gene_expression))
+    start = batch.gene_expression if observed_as_control else batch.controls
+    model.log = lambda *args, **kwargs: None
+    loss = model.validation_step(batch, 0)
+    torch.testing.assert_close(loss, (formula(start) - batch.gene_expression).square().mean())
 
 
 def test_linear_additive_can_use_covariates():
@@ -183,7 +196,7 @@ def test_linear_additive_can_use_covariates():
     for inject in (False, True):
         model = make("linear_additive", inject_covariates=inject)
         fit(model, batch, 3, 0.1)
-        assert model.effect.in_features == P + 3 * inject
+        assert model.fc_pert.in_features == P + 3 * inject
         assert moved(model, batch, covariates=other) == inject
 
 
