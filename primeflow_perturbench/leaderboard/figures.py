@@ -28,7 +28,9 @@ from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.table import heading
 from primeflow_perturbench.files import replacing
 from primeflow_perturbench.leaderboard.collect import ConditionCells
-from primeflow_perturbench.perturbench.embedded.analysis.benchmarks.metrics import log_fold_change
+from primeflow_perturbench.perturbench.backend import load_embedded
+
+log_fold_change = load_embedded("analysis.benchmarks.metrics.log_fold_change")
 
 # Inches; small enough that text keeps its size on a phone.
 SIZE = (4.0, 3.0)
