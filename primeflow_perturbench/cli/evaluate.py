@@ -1,8 +1,10 @@
 """``primeflow evaluate``: score a file of predicted cells against a file of measured cells."""
 
 import argparse
+from typing import Any
 
 from primeflow_perturbench.cli.common import Parser, answering, make_console
+from primeflow_perturbench.console import PlainConsole
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +54,29 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def enter_run(chosen: argparse.Namespace, columns: dict[str, Any], console: PlainConsole) -> None:
+    """Score predicted cells as a run of a leaderboard."""
+    from pathlib import Path
+
+    from primeflow_perturbench.data.checks import read_h5ad
+    from primeflow_perturbench.errors import InputError
+    from primeflow_perturbench.leaderboard.entry import Entry, enter, perturbench_entry
+
+    path = Path(chosen.predicted)
+    if chosen.output is None or (chosen.split is None and not path.is_dir()):
+        raise InputError("--label leaves a run; give its folder with --output and the split with --split")
+    if chosen.pipelines != "paper" or chosen.synthetic_controls or chosen.profile is not None:
+        raise InputError(
+            "--label scores with the metrics of our runs; remove --pipelines, --synthetic-controls and --profile"
+        )
+    if path.is_dir():
+        entry = perturbench_entry(path, chosen.label, chosen.split)
+    else:
+        named = columns | {"perturbation_combination_delimiter": chosen.delimiter}
+        entry = Entry(path, read_h5ad(path), chosen.label, chosen.seed, Path(chosen.split), named)
+    enter(entry, chosen.measured, chosen.output, console)
+
+
 def main() -> None:
     """Score the files of the command line and print the table."""
     chosen = parse()
@@ -83,27 +108,6 @@ def main() -> None:
             output=chosen.output,
         )
 
-    def enter_run() -> None:
-        from pathlib import Path
-
-        from primeflow_perturbench.data.checks import read_h5ad
-        from primeflow_perturbench.errors import InputError
-        from primeflow_perturbench.leaderboard.entry import Entry, enter, perturbench_entry
-
-        path = Path(chosen.predicted)
-        if chosen.output is None or (chosen.split is None and not path.is_dir()):
-            raise InputError("--label leaves a run; give its folder with --output and the split with --split")
-        if chosen.pipelines != "paper" or chosen.synthetic_controls or chosen.profile is not None:
-            raise InputError(
-                "--label scores with the metrics of our runs; remove --pipelines, --synthetic-controls and --profile"
-            )
-        if path.is_dir():
-            entry = perturbench_entry(path, chosen.label, chosen.split)
-        else:
-            named = columns | {"perturbation_combination_delimiter": chosen.delimiter}
-            entry = Entry(path, read_h5ad(path), chosen.label, chosen.seed, Path(chosen.split), named)
-        enter(entry, chosen.measured, chosen.output, console)
-
     def work() -> None:
         from primeflow_perturbench.evaluation.score import evaluate_files
 
@@ -118,6 +122,6 @@ def main() -> None:
         )
 
     if chosen.label is not None:
-        answering(enter_run)
+        answering(lambda: enter_run(chosen, columns, console))
     else:
         answering(work if chosen.profile is None else challenge)
