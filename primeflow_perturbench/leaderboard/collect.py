@@ -341,7 +341,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _varies_training_cells(run: Run) -> bool:
-    overrides = run.trial.get("overrides") or {}
+    overrides = record_part(run.trial, "overrides")
     return any(key.lstrip("+~").startswith("data.splitter.") for key in overrides)
 
 

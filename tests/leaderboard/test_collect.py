@@ -1,10 +1,12 @@
 """Complete runs are collected; runs that cannot be read are listed, and incomparable ones are named."""
 
+import contextlib
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from fake_runs import METRICS, REFERENCES, scores, settings, write_run
 
 from primeflow_perturbench.errors import InputError
@@ -147,6 +149,42 @@ def test_unusable_run_is_left_out_and_listed(tmp_path, spoil, file, message):
     assert str(odd / file) in excluded.reason
     assert message in excluded.reason
     assert "\n" not in excluded.reason
+
+
+TRIAL = {"sweep": "s", "question": "q", "label": "l", "seed": 1, "overrides": {"model.lr": 1}, "status": "finished"}
+
+
+def _parts(node, path=()):
+    """Keys of a part of a record and of all parts within it."""
+    yield path
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield from _parts(value, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "value", [-1, *(pytest.param(v, marks=pytest.mark.slow) for v in ("x", None, [[1]], {"a": 1}))]
+)
+def test_no_value_of_a_record_ends_a_leaderboard(tmp_path, value):
+    """A damaged run is left out or shown; only runs of other data end the command, with a sentence."""
+    write_run(tmp_path / "good")
+    odd = write_run(tmp_path / "odd", seed=1, trial=TRIAL)
+    tried = 0
+    for file, read in (("environment.json", json.loads), ("trial.json", json.loads), ("config.yaml", yaml.safe_load)):
+        text = (odd / file).read_text()
+        for path in list(_parts(read(text)))[1:]:
+            content = read(text)
+            node = content
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = value
+            # JSON is YAML.
+            (odd / file).write_text(json.dumps(content))
+            with contextlib.suppress(InputError):
+                found = collect([tmp_path / "good", odd])
+                assert "good" in [run.folder.name for run in found.runs]
+            tried += 1
+        (odd / file).write_text(text)
+    assert tried > 30
 
 
 @pytest.mark.parametrize(
