@@ -149,6 +149,8 @@ def resample(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 def training_controls(cells: SplitCells, group: Group) -> np.ndarray:
     """Control cells (n, G) of a group in the train and validation splits.
 
+    A group that has none gets those of the training group that differs least in numbers, and in nothing else.
+
     Raises
     ------
     InputError
@@ -156,6 +158,10 @@ def training_controls(cells: SplitCells, group: Group) -> np.ndarray:
     """
     rows = cells.rows(["train", "val"], group, cells.control)
     if not len(rows):
+        gaps = {other: _distance(group, other) for other in cells.groups_with(cells.control)}
+        near = [other for other, (differing, _) in gaps.items() if not differing]
+        if near:
+            return training_controls(cells, min(near, key=lambda other: gaps[other]))
         raise InputError(
             f"covariate group {', '.join(group)} has no control cells in train or val, and references need some; "
             "set references=[] or another split"

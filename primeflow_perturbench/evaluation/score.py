@@ -11,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
+from primeflow_perturbench.console import flagged
 from primeflow_perturbench.data.checks import read_h5ad
-from primeflow_perturbench.errors import InputError, quoted
+from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.references import SplitCells, all_reference_cells
+from primeflow_perturbench.evaluation.scorable import LEAST, described, unscorable, with_lent_controls, without
 from primeflow_perturbench.evaluation.shape import SHAPE, with_shape
 from primeflow_perturbench.evaluation.table import metrics_table
 from primeflow_perturbench.files import replacing
@@ -43,6 +45,8 @@ def score_models(
 ) -> EvaluationResult:
     """Score the cells of several models and references in one pass, with a progress bar.
 
+    Conditions that cannot be scored are left out with a warning, see `evaluation.scorable`.
+
     Parameters
     ----------
     models
@@ -60,9 +64,10 @@ def score_models(
 
     Raises
     ------
-    DataError
-        If a model lacks a condition or a gene of the measured cells, or has more.
+    InputError, DataError
+        If no condition can be scored, or if a model lacks a condition or a gene of the measured cells, or has more.
     """
+    models, measured = only_scorable(models, measured, columns, console)
     evaluation = Evaluation(
         model_adatas=[with_controls(cells, measured, columns, name in keep_controls) for name, cells in models.items()],
         model_names=list(models),
@@ -82,6 +87,24 @@ def score_models(
             bar.update(task, description="Scoring shape")
             result = with_shape(result, evaluation, shape)
     return result
+
+
+def only_scorable(
+    models: Mapping[str, ad.AnnData], measured: ad.AnnData, columns: Mapping[str, Any], console: Console
+) -> tuple[Mapping[str, ad.AnnData], ad.AnnData]:
+    """Lend controls to groups without any, and leave out conditions that cannot be scored, with a warning."""
+    measured = with_lent_controls(measured, columns)
+    reasons = unscorable(measured.obs, columns)
+    if not reasons:
+        return models, measured
+    measured = without(measured, columns, reasons)
+    hint = f"each needs {LEAST} cells or more, and as many control cells with the same covariates"
+    if (measured.obs[columns["perturbation_key"]].astype(str) == columns["perturbation_control_value"]).all():
+        raise InputError(f"no condition can be scored: {hint}")
+    names = sorted(f"{described(group)} {label}" for group, label in reasons)
+    sentence = f"{counted(names, 'condition')} left out of the scores, {quoted(names)}: {hint}."
+    console.print(flagged("warning", sentence))
+    return {name: without(cells, columns, reasons) for name, cells in models.items()}, measured
 
 
 def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) -> pd.DataFrame:

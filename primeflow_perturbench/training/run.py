@@ -25,6 +25,7 @@ from primeflow_perturbench.data.atlas.module import NO_TEST
 from primeflow_perturbench.data.checks import check_anndata, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 from primeflow_perturbench.evaluation.references import check_references
+from primeflow_perturbench.evaluation.scorable import check_scorable
 from primeflow_perturbench.evaluation.score import data_columns, score_run
 from primeflow_perturbench.evaluation.shape import check_shape
 from primeflow_perturbench.files import replacing, write_json
@@ -181,6 +182,7 @@ def fit_and_test(cfg: DictConfig, console: Console, record: Mapping[str, Any]) -
     """
     folder = Path(cfg.paths.output_dir)
     callbacks = [WriteSettings(folder, cfg, record), ReportFinetuning(folder, console), KeepPredictions(folder)]
+    callbacks = [CheckScores(cfg), *callbacks] if cfg.test else callbacks
     try:
         return train(cfg, callbacks=callbacks)
     except SystemExit as stop:  # Lightning raises it on Ctrl-C, after the callbacks have saved.
@@ -208,6 +210,25 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class CheckScores(L.Callback):
+    """Refuses a run whose test conditions could be generated but not scored, before it trains.
+
+    Parameters
+    ----------
+    cfg
+        Settings of the run.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.columns, self.split = data_columns(cfg), cfg.data.evaluation.get("split_value_to_evaluate", "test")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the cells of the split, which the data module has just divided."""
+        splits, data = getattr(trainer.datamodule, "splits", None), getattr(trainer.datamodule, "adata", None)
+        if splits is not None and data is not None:
+            check_scorable(data.obs[(splits == self.split).to_numpy()], self.columns, self.split)
 
 
 class WriteSettings(L.Callback):
