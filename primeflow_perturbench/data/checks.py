@@ -21,9 +21,12 @@ from primeflow_perturbench.labels import raw_parts, split_label
 CHUNK_VALUES = 2**22
 # Column indices held in memory at once: 2 MB of int64.
 CHUNK_INDICES = 2**18
+# What is read of a file besides its matrix.
+PARTS = ("obs", "var", "uns", "obsm")
 # log1p of counts per million stays below 14. Counts of a cell soon exceed 20, normalized counts 30.
 LEAST_COUNT_MAXIMUM = 20
 LEAST_UNLOGGED_MAXIMUM = 30
+LOG1P = "log1p of normalized counts"
 NORMALIZE = "run sc.pp.normalize_total(adata, target_sum=1e4) and sc.pp.log1p(adata) first"
 
 
@@ -208,6 +211,10 @@ def check_labels(labels: Sequence[str], where: str, control: str, delimiter: str
         found = f"{counted(twins, 'condition')} under several labels, {', '.join(sorted(twins)[:5])}"
         hint = "give the cells of a condition the same label"
         findings.append(Finding("error", where, found, "one label per condition", hint))
+    # pandas and R write a missing value as one of these texts, and a label of that name trains as a perturbation.
+    missing = [label for label in labels if label.strip().casefold() in ("nan", "na", "none", "null", "<na>")]
+    hint = "drop these cells, or write their perturbation, unless this is its name"
+    add("warning", missing, "like a missing value", "names of perturbations", hint)
     effective = {label: {name.strip() for name in names} - {"", control} for label, names in parts.items()}
     alone = set().union(*(names for names in effective.values() if len(names) == 1))
     strange = [label for label, names in effective.items() if len(names) > 1 and alone.isdisjoint(names)]
@@ -261,6 +268,11 @@ def _chunks(matrix: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield np.asarray(chunk).ravel(), np.tile(np.arange(n_genes), len(chunk))
 
 
+def check_scale(adata: anndata.AnnData, file: str) -> list[Finding]:
+    """Check that expression is log1p of normalized counts, whatever else may be wrong with it."""
+    return [finding for finding in check_values(adata, file, "log1p", None) if finding.expected == LOG1P]
+
+
 def check_values(
     adata: anndata.AnnData, file: str, expect: str = "log1p", layer: str | None = None, negatives: bool = False
 ) -> list[Finding]:
@@ -294,37 +306,51 @@ def check_values(
                 Finding("error", where, f"values that are not whole numbers, {largest}", "raw counts", hint)
             )
         return findings
-    expected = "log1p of normalized counts"
     if scan.whole:
         # A small test matrix may hold whole numbers by chance; an integer type or a large maximum means counts.
         integers = np.issubdtype(matrix.dtype, np.integer) and scan.maximum > 1
         level = "error" if integers or scan.maximum > LEAST_COUNT_MAXIMUM else "warning"
         found = f"whole numbers only, {largest}, which look like raw counts"
-        findings.append(Finding(level, where, found, expected, NORMALIZE))
+        findings.append(Finding(level, where, found, LOG1P, NORMALIZE))
     elif scan.maximum > LEAST_UNLOGGED_MAXIMUM:
         found = f"values as large as {scan.maximum:.6g}, which look normalized but not logged"
-        findings.append(Finding("error", where, found, expected, "run sc.pp.log1p(adata) first"))
+        findings.append(Finding("error", where, found, LOG1P, "run sc.pp.log1p(adata) first"))
     return findings
 
 
-def read_h5ad(path: str | os.PathLike[str], backed: bool = False) -> anndata.AnnData:
-    """Read an h5ad file; ``backed`` leaves the matrix in the file.
+def read_h5ad(path: str | os.PathLike[str], backed: bool = False, layer: str | None = None) -> anndata.AnnData:
+    """Read `PARTS` of an h5ad file; ``backed`` leaves the matrix in the file.
+
+    Layers are often larger than X, so that only the named one is read.
 
     Raises
     ------
     InputError
-        If the file is missing, damaged or not an AnnData.
+        If the file is missing, damaged, not an AnnData or without X.
     """
     path = Path(path)
     require_h5ad(path)
+    if layer is not None:
+        require_h5ad(path, f"layers/{layer}")
     try:
-        return anndata.read_h5ad(path, backed="r" if backed else None)
+        with h5py.File(path, "r") as file:
+            layers = None if "X" in file else list(file.get("layers", ()))
+            names = [name for name in (*PARTS, *(() if backed else ("X",))) if name in file]
+            parts = {name: anndata.io.read_elem(file[name]) for name in names}
+            if layer is not None and layer in file.get("layers", ()):
+                parts["layers"] = {layer: anndata.io.read_elem(file["layers"][layer])}
+        if layers is not None and layer not in layers:
+            hint = f"copy the one that holds the expression to X, of {quoted(layers)}" if layers else "add one as X"
+            raise InputError(Finding("error", f"{path}, X", "no matrix", "expression values", hint).sentence)
+        return anndata.AnnData(filename=path, filemode="r", **parts) if backed else anndata.AnnData(**parts)
+    except InputError:
+        raise
     except Exception as error:  # anndata raises errors of many types for a damaged file
         raise _not_h5ad(path, f"content that cannot be read ({first_line(error)})", "write it again") from error
 
 
-def require_h5ad(path: str | os.PathLike[str]) -> None:
-    """Raise `InputError` unless ``path`` is a complete HDF5 file with ``obs`` and ``var``."""
+def require_h5ad(path: str | os.PathLike[str], matrix: str = "X") -> None:
+    """Raise `InputError` unless ``path`` is a complete HDF5 file with ``obs`` and ``var``; checks one sparse matrix."""
     path = Path(path)
     if not path.exists():
         close = nearest(path.name, (other.name for other in path.parent.glob("*.h5ad")))
@@ -347,14 +373,15 @@ def require_h5ad(path: str | os.PathLike[str]) -> None:
     try:
         with h5py.File(path, "r") as file:
             keys = list(file)
-            layers = file.get("layers")
-            layers = list(layers) if isinstance(layers, h5py.Group) else []
-            names = ["X", "raw/X", *(f"layers/{name}" for name in layers)]
-            found = next(filter(None, (_bad_structure(file, name) for name in names)), None)
+            found = _bad_structure(file, matrix)
     except OSError as error:
-        truncated = "truncated" in str(error)
-        found = "a truncated file" if truncated else f"a damaged HDF5 file ({first_line(error)})"
-        raise _not_h5ad(path, found, again) from error
+        if "truncated" in str(error):
+            raise _not_h5ad(path, "a truncated file", again) from error
+        # The message of HDF5 if another program writes to the file, or if the file system knows no locks.
+        if "lock" in str(error):
+            hint = "close it there, or set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+            raise _not_h5ad(path, "a file that another program has locked", hint) from error
+        raise _not_h5ad(path, f"a damaged HDF5 file ({first_line(error)})", again) from error
     if not {"obs", "var"} <= set(keys):
         found = f"an HDF5 file with {quoted(keys)}" if keys else "an empty HDF5 file"
         raise _not_h5ad(path, f"{found} but without 'obs' and 'var'", "write it with adata.write_h5ad")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +112,7 @@ def preprocess(
     """
     source, target = Path(source), Path(target)
     _check_settings(source, target, n_top_genes, n_de_genes, target_sum)
-    file, obs, var = _open(source)
+    file, obs, var = _open(source, counts_layer)
     with file:
         _check_tables(obs, var, source, perturbation_key, covariate_keys, control, delimiter)
         counts = _counts(file, source, counts_layer, obs, var, target_sum)
@@ -128,6 +128,7 @@ def preprocess(
             variable = highly_variable(statistics.mean, statistics.variance, n_top_genes).set_index(var.index)
             labels = obs[perturbation_key].astype(str).unique()
             targets = {part for label in labels for part in split_label(label, delimiter, control)}
+            _warn_of_targets(targets, var, str(source), console)
             var = var.assign(**variable, de=statistics.de, perturbed=var.index.isin(targets))
             chosen = np.flatnonzero(var[REASONS].any(axis=1))
             if not len(chosen):
@@ -166,9 +167,9 @@ def _check_settings(source: Path, target: Path, n_top_genes: int, n_de_genes: in
         raise InputError(f"target_sum: found {target_sum}, expected a positive number; 1e4 is common.")
 
 
-def _open(source: Path) -> tuple[h5py.File, pd.DataFrame, pd.DataFrame]:
-    """Open an h5ad file and read ``obs`` and ``var``. The backed mode of anndata would read whole layers as well."""
-    require_h5ad(source)
+def _open(source: Path, layer: str | None) -> tuple[h5py.File, pd.DataFrame, pd.DataFrame]:
+    """Open an h5ad file, whose matrix or layer is to be read, and read ``obs`` and ``var``."""
+    require_h5ad(source, "X" if layer is None else f"layers/{layer}")
     try:
         file = h5py.File(source, "r")
         obs, var = read_elem(file["obs"]), read_elem(file["var"])
@@ -217,6 +218,19 @@ def _check_tables(
     # A covariate group without controls is only skipped, so no covariates are passed.
     require(check_controls(obs, where, perturbation_key, control, ()))
     require(check_labels(obs[perturbation_key].astype(str).unique(), where, control, delimiter or None))
+
+
+def _warn_of_targets(targets: Collection[str], var: pd.DataFrame, file: str, console: Console | None) -> None:
+    """Warn if no perturbation is the name of a gene though a column of ``var``, or another case, has such names."""
+    if var.index.isin(targets).any():
+        return
+    wanted = {target.casefold() for target in targets}
+    columns = {"the gene names, in another case": var.index} | {f"the var column {name!r}": var[name] for name in var}
+    holders = [name for name, values in columns.items() if values.astype(str).str.casefold().isin(wanted).any()]
+    if holders:
+        found = f"no gene named as one of {len(wanted)} perturbations, but {holders[0]} holds some"
+        hint = "rename the genes first, or the perturbed genes are kept only where they vary"
+        _warn(Finding("warning", f"{file}, gene names", found, "names of perturbed genes", hint), console)
 
 
 def _warn(finding: Finding, console: Console | None) -> None:

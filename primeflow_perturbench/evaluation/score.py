@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from primeflow_perturbench.console import flagged
-from primeflow_perturbench.data.checks import read_h5ad
+from primeflow_perturbench.data.checks import check_scale, read_h5ad, require
 from primeflow_perturbench.errors import InputError, counted, quoted
 from primeflow_perturbench.evaluation.references import SplitCells, all_reference_cells
 from primeflow_perturbench.evaluation.scorable import LEAST, described, unscorable, with_lent_controls, without
@@ -126,7 +126,7 @@ def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) 
     Mean over conditions: index the metric keys, one column for the model and each reference.
     """
     folder, columns, settings = Path(cfg.paths.output_dir), data_columns(cfg), cfg.data.evaluation
-    predicted = ad.read_h5ad(folder / "predicted.h5ad")
+    predicted = read_h5ad(folder / "predicted.h5ad")
     cells = SplitCells(
         adata=adata,
         split=read_split_csv(folder / "train_test_split.csv", adata.obs_names),
@@ -187,6 +187,10 @@ def evaluate_files(
                 f"{path} has no obs column {quoted(missing)}; its columns are {quoted(adata.obs.columns) or '(none)'}; "
                 "name yours with --perturbation-key and --covariate-keys"
             )
+        for finding in (findings := check_scale(adata, path)):
+            if finding.level == "warning":
+                console.print(flagged("warning", finding.sentence))
+        require(findings)
     model = Path(predicted).stem
     keep_controls = [model] if synthetic_controls else []
     named = named_pipelines("paper" if pipelines == "shape" else pipelines)
@@ -225,6 +229,7 @@ def data_columns(cfg: DictConfig) -> dict[str, Any]:
     return {
         "perturbation_key": columns.perturbation_key,
         "covariate_keys": list(columns.get("covariate_keys") or ()),
-        "perturbation_control_value": columns.perturbation_control_value,
+        # Numeric labels may come with a number as the control.
+        "perturbation_control_value": str(columns.perturbation_control_value),
         "perturbation_combination_delimiter": columns.get("perturbation_combination_delimiter"),
     }

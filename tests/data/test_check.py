@@ -1,6 +1,8 @@
 """Checks of an AnnData: findings, their sentences, and reading of h5ad files."""
 
 import re
+import subprocess
+import sys
 
 import anndata
 import h5py
@@ -10,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 
 from primeflow_perturbench.data import checks
-from primeflow_perturbench.data.checks import Finding, check_anndata, read_h5ad, require
+from primeflow_perturbench.data.checks import Finding, check_anndata, check_labels, read_h5ad, require
 from primeflow_perturbench.errors import InputError
 
 LABELS = ["control", "A", "B", "A+B"]
@@ -316,3 +318,39 @@ def test_read_h5ad_reports_what_is_wrong_with_a_file(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["X/indptr"]
     assert "found a sparse X without 'indptr'" in sentence("screen.h5ad")
+
+
+def test_layers_stay_in_the_file(tmp_path):
+    path = tmp_path / "cells.h5ad"
+    adata = anndata.AnnData(np.ones((3, 2), np.float32), layers={"a": np.zeros((3, 2)), "b": np.ones((3, 2))})
+    adata.write_h5ad(path)
+    assert list(read_h5ad(path).layers) == []
+    assert list(read_h5ad(path, backed=True).layers) == []
+    assert list(read_h5ad(path, layer="b").layers) == ["b"]
+
+
+def test_a_file_without_x_names_its_layers(tmp_path):
+    adata = anndata.AnnData(obs=pd.DataFrame(index=["a", "b"]), var=pd.DataFrame(index=["g"]))
+    adata.layers["logged"] = np.ones((2, 1))
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match="no matrix.* of 'logged'"):
+        read_h5ad(tmp_path / "a.h5ad")
+
+
+def test_a_file_that_another_program_writes_to_is_called_locked(tmp_path):
+    path = tmp_path / "cells.h5ad"
+    anndata.AnnData(np.ones((3, 2), np.float32)).write_h5ad(path)
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another program has locked"):
+            read_h5ad(path)
+        other.stdin.close()
+
+
+@pytest.mark.parametrize("label", ["nan", "NA", "<NA>", "None"])
+def test_labels_like_a_missing_value_are_a_warning(label):
+    findings = check_labels(["control", "A", label], "f.h5ad", "control", "+")
+    assert [(finding.level, label in finding.found) for finding in findings] == [("warning", True)]
+    assert check_labels(["control", "A", "NANOG"], "f.h5ad", "control", "+") == []

@@ -274,7 +274,7 @@ def test_settings_are_recorded_and_other_content_is_kept(run):
 
 def test_result_passes_the_checks_of_training_data(run, tmp_path):
     run(counts())
-    backed = read_h5ad(tmp_path / "target.h5ad", backed=True)
+    backed = read_h5ad(tmp_path / "target.h5ad", backed=True, layer="counts")
     settings = {
         "filename": "target.h5ad",
         "perturbation_key": "condition",
@@ -472,3 +472,21 @@ def test_memory_does_not_grow_with_the_file(tmp_path, layout, monkeypatch):
     tracemalloc.stop()
     assert size == 8e6
     assert peak < 0.6 * size
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "told"),
+    [
+        (str.upper, {}, None),
+        (str.lower, {}, "the gene names, in another case"),
+        (lambda name: f"ENSG{name}", {"symbol": str.upper}, "the var column 'symbol'"),
+        (lambda name: f"ENSG{name}", {"symbol": lambda name: f"other{name}"}, None),
+    ],
+)
+def test_perturbed_genes_under_other_names_are_told(names, columns, told):
+    genes = ["TP53", "KLF1", "MYC"]
+    var = pd.DataFrame({name: map(of, genes) for name, of in columns.items()}, index=[names(gene) for gene in genes])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        preprocess_module._warn_of_targets({"TP53", "KLF1"}, var, "f.h5ad", None)
+    assert [told in str(one.message) for one in found] == ([] if told is None else [True])

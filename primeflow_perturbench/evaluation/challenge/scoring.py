@@ -150,7 +150,7 @@ def read_cells(
     path: str, layer: str | None, columns: Mapping[str, Any], profile: Profile, with_controls: bool
 ) -> ad.AnnData:
     """Cells with their expression and perturbation alone, checked to contain what the profile expects."""
-    adata = read_h5ad(path)
+    adata = read_h5ad(path, layer=layer)
     key, control = columns["perturbation_key"], columns["perturbation_control_value"]
     findings = check_anndata(
         adata,

@@ -42,6 +42,10 @@ class Keys:
     control: str = "control"
     embedding: str | None = None
 
+    def __post_init__(self):
+        # A configuration may give the label of numeric labels as a number.
+        object.__setattr__(self, "control", str(self.control))
+
 
 def split_label(label: str, keys: Keys) -> Parts:
     """Perturbations in a label, in its order and without the control's name; none for control cells."""

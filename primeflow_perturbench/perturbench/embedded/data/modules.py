@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -48,7 +49,11 @@ def read_cells(filename: str | Path, backed: bool = False) -> ad.AnnData:
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the h5ad file as data.data.filename=PATH")
     try:
-        return ad.read_h5ad(path, backed="r" if backed else None)
+        # anndata's own reader would load all layers, also in backed mode.
+        with h5py.File(path, "r") as file:
+            names = ("obs", "var", "uns", "obsm") if backed else ("obs", "var", "uns", "obsm", "X")
+            parts = {name: ad.io.read_elem(file[name]) for name in names if name in file}
+        return ad.AnnData(filename=path, filemode="r", **parts) if backed else ad.AnnData(**parts)
     except Exception as error:  # anndata raises errors of many types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a readable h5ad file ({reason})") from error
