@@ -67,6 +67,10 @@ def _add_preprocess(commands: argparse._SubParsersAction) -> None:
     _add_columns(parser)
     parser.add_argument("--counts-layer", help="layer with the raw counts (default: X)")
     parser.add_argument(
+        "--library-size-key",
+        help="obs column with the total counts of each cell, for a panel of genes (default: the sum of its counts)",
+    )
+    parser.add_argument(
         "--n-top-genes",
         type=at_least(0),
         default=4000,

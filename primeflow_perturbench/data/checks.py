@@ -124,11 +124,13 @@ def check_names(adata: anndata.AnnData, file: str) -> list[Finding]:
     return findings
 
 
-def check_columns(obs: pd.DataFrame, file: str, perturbation_key: str, covariate_keys: Sequence[str]) -> list[Finding]:
-    """Check that the columns of perturbations and covariates exist and have a value in every cell."""
+def check_columns(
+    obs: pd.DataFrame, file: str, perturbation_key: str, covariate_keys: Sequence[str], role: str = "perturbation"
+) -> list[Finding]:
+    """Check that the columns of perturbations (or another role) and covariates exist, with a value in every cell."""
     findings = []
     roles = dict.fromkeys(covariate_keys, ("covariate", "covariate_keys"))
-    roles = {perturbation_key: ("perturbation", "perturbation_key")} | roles
+    roles = {perturbation_key: (role, f"{role.replace(' ', '_')}_key")} | roles
     for key, (role, setting) in roles.items():
         where = f"{file}, obs column {key!r}"
         if key not in obs:

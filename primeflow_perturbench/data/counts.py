@@ -46,6 +46,8 @@ class Counts:
         Names of rows and columns.
     target_sum
         Sum of the normalized values of each cell over all genes.
+    library_sizes
+        Total counts of each cell, (n_cells,), where the matrix holds only a part of the genes; ``None`` sums its rows.
 
     Raises
     ------
@@ -54,11 +56,18 @@ class Counts:
     """
 
     def __init__(
-        self, stored: h5py.Dataset | h5py.Group, place: str, cells: pd.Index, genes: pd.Index, target_sum: float
+        self,
+        stored: h5py.Dataset | h5py.Group,
+        place: str,
+        cells: pd.Index,
+        genes: pd.Index,
+        target_sum: float,
+        library_sizes: np.ndarray | None = None,
     ):
         self._matrix = stored if isinstance(stored, h5py.Dataset) else sparse_dataset(stored)
         self.place, self.shape = place, (len(cells), len(genes))
         self._cells, self._genes, self._target_sum = cells, genes, target_sum
+        self._library_sizes = library_sizes
         if tuple(self._matrix.shape) != self.shape:
             found, expected = (f"{n} cells x {g} genes" for n, g in (self._matrix.shape, self.shape))
             raise InputError(f"{place}: found {found}, expected {expected} as in obs and var; write the file again.")
@@ -72,9 +81,22 @@ class Counts:
                 counts.sum_duplicates()
                 counts.eliminate_zeros()
                 total = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+                if self._library_sizes is not None:
+                    total = self._checked_sizes(total, slab_start + start)
                 scale = self._target_sum / np.where(total > 0, total, 1)
                 normalized = counts.data * np.repeat(scale, np.diff(counts.indptr))
                 yield Block(slab_start + start, counts, normalized.astype(np.float32))
+
+    def _checked_sizes(self, sums: np.ndarray, start: int) -> np.ndarray:
+        """Library sizes of the cells from row ``start`` on, none of which may be below the cell's own sum of counts."""
+        sizes = self._library_sizes[start : start + len(sums)]
+        wrong = np.flatnonzero(sizes < sums * (1 - 1e-6))
+        if len(wrong):
+            where = f"{self.place}, cell {str(self._cells[start + wrong[0]])!r}"
+            found = f"a library size of {sizes[wrong[0]]:.6g} below the {sums[wrong[0]]:.6g} counts of its genes"
+            hint = "name the column with the total counts of all genes with --library-size-key"
+            raise InputError(Finding("error", where, found, "the total of all genes", hint).sentence)
+        return sizes
 
     def _check_counts(self, block: sp.csr_matrix, start: int) -> None:
         values = block.data

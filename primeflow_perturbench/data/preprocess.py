@@ -56,6 +56,7 @@ def preprocess(
     control: str = "control",
     delimiter: str | None = "+",
     counts_layer: str | None = None,
+    library_size_key: str | None = None,
     n_top_genes: int = 4000,
     n_de_genes: int = 50,
     target_sum: float = 1e4,
@@ -63,7 +64,7 @@ def preprocess(
 ) -> None:
     """Normalize raw counts, choose genes and write both as h5ad, without holding the matrix in memory.
 
-    Each cell is scaled to ``target_sum`` over all genes of the file, then logged, then cut to the chosen genes:
+    Each cell is scaled to ``target_sum`` over all genes, then logged, then cut to the chosen genes:
 
     - highly variable: as `scanpy.pp.highly_variable_genes` with flavor ``seurat`` chooses them over all cells
       together, see `gene_choice.highly_variable`. (PerturBench's own preprocessing takes ``seurat_v3`` within each
@@ -93,6 +94,9 @@ def preprocess(
         Label of the control cells.
     delimiter
         What joins the parts of a combination; None if there are no combinations.
+    library_size_key
+        Column of ``obs`` with the total counts of each cell over all genes of the experiment. A file that holds only a
+        panel of genes needs it, because the panel's own sum depends on the perturbation; ``None`` takes that sum.
     counts_layer
         Layer of the raw counts; None reads ``X``.
     n_top_genes
@@ -115,7 +119,8 @@ def preprocess(
     file, obs, var = _open(source, counts_layer)
     with file:
         _check_tables(obs, var, source, perturbation_key, covariate_keys, control, delimiter)
-        counts = _counts(file, source, counts_layer, obs, var, target_sum)
+        sizes = None if library_size_key is None else _library_sizes(obs, str(source), library_size_key)
+        counts = _counts(file, source, counts_layer, obs, var, target_sum, sizes)
         conditions = Conditions.of(obs, perturbation_key, covariate_keys, control)
         for finding in conditions.findings(f"{source}, obs column {perturbation_key!r}"):
             _warn(finding, console)
@@ -142,6 +147,7 @@ def preprocess(
                 "control": control,
                 "delimiter": delimiter,
                 "counts_layer": counts_layer,
+                "library_size_key": library_size_key,
                 "n_top_genes": n_top_genes,
                 "n_de_genes": n_de_genes,
                 "target_sum": target_sum,
@@ -186,7 +192,13 @@ def _open(source: Path, layer: str | None) -> tuple[h5py.File, pd.DataFrame, pd.
 
 
 def _counts(
-    file: h5py.File, source: Path, layer: str | None, obs: pd.DataFrame, var: pd.DataFrame, target_sum: float
+    file: h5py.File,
+    source: Path,
+    layer: str | None,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    target_sum: float,
+    library_sizes: np.ndarray | None,
 ) -> Counts:
     place = f"{source}, X" if layer is None else f"{source}, layer {layer!r}"
     layers = file.get("layers", {})
@@ -196,7 +208,20 @@ def _counts(
         found = "no matrix" if layer is None else found
         hint = "name the layer with --counts-layer, or leave it out to read X"
         raise InputError(Finding("error", place, found, "raw counts", hint).sentence)
-    return Counts(stored, place, obs.index, var.index, target_sum)
+    return Counts(stored, place, obs.index, var.index, target_sum, library_sizes)
+
+
+def _library_sizes(obs: pd.DataFrame, file: str, key: str) -> np.ndarray:
+    """Total counts of each cell from a column of ``obs``, (n_cells,)."""
+    require(check_columns(obs, file, key, (), role="library size"))
+    where = f"{file}, obs column {key!r}"
+    sizes = pd.to_numeric(obs[key], errors="coerce").to_numpy(np.float64)
+    wrong = np.flatnonzero(~(np.isfinite(sizes) & (sizes >= 0)))
+    if len(wrong):
+        found = f"{obs[key].iloc[wrong[0]]!r} in cell {obs.index[wrong[0]]!r}"
+        hint = "name the column with the total counts of each cell"
+        raise InputError(Finding("error", where, found, "numbers of 0 or more", hint).sentence)
+    return sizes
 
 
 def _check_tables(

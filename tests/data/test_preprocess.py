@@ -490,3 +490,31 @@ def test_perturbed_genes_under_other_names_are_told(names, columns, told):
         warnings.simplefilter("always")
         preprocess_module._warn_of_targets({"TP53", "KLF1"}, var, "f.h5ad", None)
     assert [told in str(one.message) for one in found] == ([] if told is None else [True])
+
+
+def test_library_sizes_of_a_column_replace_the_sums_of_the_genes(run, tmp_path):
+    adata = counts()
+    sums = np.asarray(adata.X.sum(1)).ravel()
+    adata.obs["total"] = 3 * sums + np.arange(len(sums))
+    done = run(adata, library_size_key="total", target_sum=1e4)
+    raw = adata[:, done.var_names].X.toarray()
+    expected = np.log1p(raw * (1e4 / adata.obs["total"].to_numpy())[:, None])
+    np.testing.assert_allclose(done.X.toarray(), expected, rtol=1e-5)
+    assert json.loads(done.uns[preprocess_module.UNS_KEY])["library_size_key"] == "total"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "the library size of each cell"),
+        (-1.0, "numbers of 0 or more"),
+        ("many", "numbers of 0 or more"),
+        (1.0, "a library size of 1 below the"),
+    ],
+)
+def test_bad_library_sizes_are_refused(run, values, message):
+    adata = counts()
+    if values is not None:
+        adata.obs["total"] = values
+    with pytest.raises(InputError, match=message):
+        run(adata, library_size_key="total")
