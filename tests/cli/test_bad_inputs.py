@@ -507,6 +507,9 @@ data preprocess {counts} out.h5ad --target-sum -1
 data preprocess {counts} out.h5ad --target-sum nan
 data preprocess {counts} out.h5ad --target-sum inf
 data preprocess {counts} out.h5ad --target-sum x
+data preprocess {counts} out.h5ad --library-size-key magic
+data preprocess {counts} out.h5ad --library-size-key condition
+data preprocess {counts} out.h5ad --library-size-key
 data preprocess {counts} out.h5ad --perturbation-key gene
 data preprocess {counts} out.h5ad --control ctrl
 data preprocess {counts} out.h5ad --covariate-keys cell_typ

@@ -213,6 +213,7 @@ def test_preprocess_passes_its_options_on(monkeypatch):
         "n_top_genes": 4000,
         "n_de_genes": 50,
         "target_sum": 1e4,
+        "library_size_key": None,
     }
     others = {
         "perturbation_key": "guide",
@@ -223,6 +224,7 @@ def test_preprocess_passes_its_options_on(monkeypatch):
         "n_top_genes": 300,
         "n_de_genes": 7,
         "target_sum": 1e6,
+        "library_size_key": "total",
     }
     assert call(monkeypatch, "preprocess", "raw.h5ad", "out.h5ad") == 0
     options = []

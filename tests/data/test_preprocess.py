@@ -264,6 +264,7 @@ def test_settings_are_recorded_and_other_content_is_kept(run):
         "n_top_genes": 60,
         "n_de_genes": 8,
         "target_sum": 1e4,
+        "library_size_key": None,
         "cells_without_counts": 0,
         "genes": done.n_vars,
         "highly_variable": 60,
@@ -518,3 +519,16 @@ def test_bad_library_sizes_are_refused(run, values, message):
         adata.obs["total"] = values
     with pytest.raises(InputError, match=message):
         run(adata, library_size_key="total")
+
+
+@pytest.mark.parametrize("layout", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+def test_a_panel_with_library_sizes_is_the_panel_of_the_normalized_screen(run, layout, monkeypatch):
+    monkeypatch.setattr(counts_module, "BLOCK_VALUES", 1000)
+    whole = counts()
+    whole.obs["total"] = whole.X.sum(axis=1).astype(int)
+    panel = whole[:, ::5].copy()
+    panel.X = layout(panel.X)
+    done = run(panel, library_size_key="total")
+    expected = logged(whole)[:, done.var_names].X
+    np.testing.assert_allclose(done.X.toarray(), expected, rtol=1e-6)
+    assert not np.allclose(expected, logged(whole[:, ::5])[:, done.var_names].X, rtol=0.1)
