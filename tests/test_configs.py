@@ -217,7 +217,6 @@ def test_a_root_leaves_open_only_what_a_user_must_give(root, tmp_path):
         "finetuning.freeze=[genes]",
         "finetuning.lr_factor={genes: 0.1}",
         "model.conditions.continuous={dose: log1p}",
-        "data.data.backed=true",
     ],
 )
 def test_settings_without_a_default_need_no_plus_sign(override, tmp_path):
