@@ -23,6 +23,7 @@ import pandas as pd
 import scanpy as sc
 
 from primeflow_perturbench.files import write_json
+from primeflow_perturbench.sampling.choice import described
 from primeflow_perturbench.simulation.screen import Screen
 from primeflow_perturbench.simulation.settings import ScreenSpec
 from primeflow_perturbench.training.provenance import commit, hardware, versions
@@ -217,21 +218,27 @@ def scores(task: str, seed: int, data: list[str], folder: Path, with_references:
 
 
 def page(scores: pd.DataFrame, seeds: int) -> str:
-    """One Markdown table per task: mean over seeds."""
+    """One Markdown table per task: means over seeds, and what the runs decided."""
     lines = [
         "# Held-out conditions of real and simulated screens",
         "",
-        f"{STEPS:,} steps of 128 cells, {CELLS} cells per condition, mean over {seeds} seed(s); references are drawn "
-        "once. "
-        "E is the energy distance. Made by `benchmarks/real.py`; hardware and versions are in `real.json`.",
+        f"One configuration for all tasks: {STEPS:,} steps of 128 cells, {CELLS} cells per condition, means over "
+        f"{seeds} seeds. References are drawn once. E is the energy distance. Made by `benchmarks/real.py`; hardware, "
+        "versions and every run are in `real.json`.",
     ]
     for task, part in scores.groupby("task", sort=False):
         means = part.groupby("model", sort=False)[list(METRICS)].mean()
+        order = [*[name for name in means.index if name not in VARIANTS], *VARIANTS]
         lines += ["", f"## {task}", "", "| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
         lines += [
-            f"| {name.replace('_', ' ')} | " + " | ".join(f"{value:.3f}" for value in row) + " |"
-            for name, row in means.iterrows()
+            f"| {name.replace('_', ' ')} | " + " | ".join(f"{value:.3f}" for value in means.loc[name]) + " |"
+            for name in order
         ]
+        own = part[part["model"] == "PRiMeFlow"]
+        chosen = [
+            f"{described(one['calibrate'], one['control_start'])} ({one['held_out_by']})" for one in own["choice"]
+        ]
+        lines += ["", f"Decided: {'; '.join(dict.fromkeys(chosen))}. {own['seconds'].mean():.0f} s of training."]
     return "\n".join(lines) + "\n"
 
 

@@ -59,7 +59,8 @@ class MarginalMap:
         """The map of values (n, G) that goes a share of the way from their own marginals to targets, B = 1."""
         if share < 1:
             targets = Targets.measured(decode_expression(values, detection_limit)).toward(targets, share)
-        return cls.fit(values, *(part[0].to(values) for part in targets), detection_limit or 0.0)
+        mean, rate, spread = (part[0].to(values) for part in targets)
+        return cls.fit(values, mean, rate, spread, detection_limit or 0.0)
 
     @classmethod
     def fit(cls, values: Tensor, mean: Tensor, rate: Tensor, spread: Tensor, detection_limit: float) -> Self:

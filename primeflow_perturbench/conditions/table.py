@@ -86,7 +86,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
             )
         if any("\0" in value for value in row):
             raise InputError(f"{path}, row {number} has a zero byte; write the table as text")
-    return pd.DataFrame(rows, columns=header, dtype=str)
+    return pd.DataFrame(rows, columns=pd.Index(header), dtype=str)
 
 
 # Long because its docstring describes every parameter; the body reads straight through.

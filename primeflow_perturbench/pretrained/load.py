@@ -16,6 +16,7 @@ from primeflow_perturbench.files import file_hash
 from primeflow_perturbench.pretrained.config import AGAIN, CONFIG, WEIGHTS, read_config, regular_file
 from primeflow_perturbench.pretrained.hub import fetch, is_hub_name
 from primeflow_perturbench.pretrained.settings import TARGET, from_json
+from primeflow_perturbench.sampling.settings import SamplingSettings
 
 DTYPES = (torch.float32, torch.float64, torch.int64)
 
@@ -205,8 +206,13 @@ def join_tensors(plain: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix
 
 def check_learned(model: Any, learned: Mapping[str, Any]) -> None:
     """Raise `ValueError` unless what was learned without gradients can be used with the model."""
-    if unknown := set(learned) - {"detection_limit", "controls", "marginals"}:
+    if unknown := set(learned) - {"detection_limit", "controls", "marginals", "choice"}:
         raise ValueError(f"unknown entry {min(unknown)!r}")
+    if (choice := model.choice) is not None:
+        for name, value in (("calibrate", choice.calibrate), ("control_start", choice.control_start)):
+            if isinstance(value, str):
+                raise ValueError(f"choice.{name} must be a number, got {value!r}")
+        SamplingSettings(calibrate=choice.calibrate, control_start=choice.control_start)
     limit = learned.get("detection_limit")
     if limit is not None and (type(limit) not in (int, float) or not limit >= 0):
         raise ValueError(f"detection_limit must be a number that is at least 0, or null, got {limit!r}")

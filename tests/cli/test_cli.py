@@ -55,11 +55,12 @@ def run(tmp_path_factory, screen_path):
     """Folder of a finished tiny run; ``accesses.json`` lists the files that it read as h5ad and hashed."""
     folder = tmp_path_factory.mktemp("run")
     accesses = {"read": [], "hashed": []}
-    read_h5ad, file_digest = ad.read_h5ad, hashlib.file_digest
+    read_elem, file_digest = ad.io.read_elem, hashlib.file_digest
 
-    def reading(path, *args, **kwargs):
-        accesses["read"].append(str(path))
-        return read_h5ad(path, *args, **kwargs)
+    def reading(element):
+        if element.name == "/obs":
+            accesses["read"].append(element.file.filename)
+        return read_elem(element)
 
     def hashing(stream, name):
         accesses["hashed"].append(stream.name)
@@ -67,7 +68,7 @@ def run(tmp_path_factory, screen_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(ad, "read_h5ad", reading)
+        patch.setattr(ad.io, "read_elem", reading)
         patch.setattr(hashlib, "file_digest", hashing)
         call(patch, "train", *TINY, f"data.data.filename={screen_path}", f"hydra.run.dir={folder}")
     (folder / "accesses.json").write_text(json.dumps(accesses))

@@ -91,7 +91,7 @@ def test_reference_without_a_value_is_left_out_of_that_comparison_alone(folder, 
         ),
         (["--models", "absent"], "--models absent"),
         (["--published", "absent"], "--published absent"),
-        (["--figures", "-1"], "--figures -1"),
+        (["--figures", "-1"], "--figures: must be a whole number of at least 0, got '-1'"),
     ],
 )
 def test_unknown_names_raise_and_write_nothing(folder, monkeypatch, capsys, options, message):

@@ -368,6 +368,7 @@ MODEL, NETWORK, SAMPLER = ("model",), ("model", "network"), ("model", "sampler")
 TOO_LARGE = "model.network has the size 1000000000000, but model.safetensors has"
 READ_IN = "model.network.network.genes.read_in"
 CENTER = "learned.marginals.means.center"
+NO_CONDITIONS = {"energy": {}, "held_out_by": "nothing", "conditions": 0}
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no file config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no file model.safetensors"),
@@ -420,7 +421,10 @@ BROKEN = {
         "source_noise must be a finite number, got inf",
     ),
     "enormous": (change((*SAMPLER, "guidance"), 10**400), "guidance must be a finite number"),
-    "no choice": (change((*SAMPLER, "calibrate"), "magic"), "calibrate must be 'none' or 'marginals'"),
+    "no choice": (
+        change((*SAMPLER, "calibrate"), "magic"),
+        "calibrate must be a finite number or 'none' or 'marginals' or 'auto'",
+    ),
     "out of range": (
         change((*SAMPLER, "guidance"), -1),
         "config.json, model.sampler: guidance must be at least 0, got -1",
@@ -454,6 +458,14 @@ BROKEN = {
     ),
     "context lost": (remove("context", "perturbation_key"), "context lacks or should not have perturbation_key"),
     "negative limit": (change(("learned", "detection_limit"), -1.0), "detection_limit must be a number"),
+    "undecided choice": (
+        change(("learned", "choice"), {"calibrate": "auto", "control_start": None, **NO_CONDITIONS}),
+        "choice.calibrate must be a number",
+    ),
+    "choice out of range": (
+        change(("learned", "choice"), {"calibrate": 2.0, "control_start": None, **NO_CONDITIONS}),
+        "calibrate must be",
+    ),
     "learned something else": (change(("learned", "code"), "print()"), "unknown entry 'code'"),
     "marginals half": (
         remove("learned", "marginals", "rates"),

@@ -1,11 +1,15 @@
 """A training decides what its sampling settings leave open, without changing what it learns."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 from builders import Batches, build_model, fit
 from torch import nn
 
+from primeflow_perturbench.model import PRiMeFlow
+from primeflow_perturbench.networks.mlp import MLP
 from primeflow_perturbench.perturbench.backend import load
 from primeflow_perturbench.sampling import choice
 from primeflow_perturbench.sampling.generate import settled
@@ -21,9 +25,11 @@ def _pilots_with_few_conditions(monkeypatch):
     monkeypatch.setattr(choice, "FEWEST", 3)
 
 
+CONTEXT = {"perturbation_uniques": PERTURBATIONS, "covariate_uniques": {"line": LINES}}
+
+
 def build(**settings):
-    context = {"perturbation_uniques": PERTURBATIONS, "covariate_uniques": {"line": LINES}}
-    return build_model(GENES, context, **settings)
+    return build_model(GENES, CONTEXT, **settings)
 
 
 def batch(*conditions, n=12, seed=0):
@@ -86,6 +92,16 @@ def test_a_checkpoint_keeps_the_choice_even_before_the_first_validation():
     other.on_load_checkpoint(checkpoint)
     assert other.choice == model.choice != decided
     assert settled(other) == settled(model)
+
+
+def test_a_shared_model_keeps_the_choice(tmp_path):
+    model = build(**OPEN, network=partial(MLP, width=16, depth=2, embedding_width=8))
+    context = {"perturbation_key": "condition", "perturbation_control_value": "control", "covariate_keys": ["line"]}
+    fit(model, TRAINING, steps=1)
+    record = {**CONTEXT, **context, "perturbation_combination_delimiter": "+"}
+    model.training_record = {"train_context": record, "transform": None}
+    model.save_pretrained(tmp_path / "shared")
+    assert PRiMeFlow.from_pretrained(tmp_path / "shared").choice == model.choice
 
 
 def samples(model, name):
