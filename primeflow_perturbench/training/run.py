@@ -227,7 +227,7 @@ class CheckScores(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the cells of the split, which the data module has just divided."""
         splits, data = getattr(trainer.datamodule, "splits", None), getattr(trainer.datamodule, "adata", None)
-        if splits is not None and data is not None:
+        if isinstance(splits, pd.Series) and data is not None:  # PerturBench's module has other attributes
             check_scorable(data.obs[(splits == self.split).to_numpy()], self.columns, self.split)
 
 

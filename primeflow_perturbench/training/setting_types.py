@@ -111,7 +111,7 @@ LEAST = {
     "trainer.num_nodes": 1,
     "callbacks.*.refresh_rate": 0,
 }
-NOT_ZERO = ("model.lr", "trainer.val_check_interval")
+NOT_ZERO = ("trainer.val_check_interval",)
 NO_LIMIT = ("trainer.max_steps", "trainer.max_epochs")
 # Largest seeds of Lightning and of NumPy.
 MOST = {"seed": 2**32 - 1, "data.splitter.splitter_seed": 2**32 - 1}

@@ -70,7 +70,6 @@ model.sampler.cells_per_condition=0
 model.sampler.cells_per_condition=1.5
 model.lr=nan
 model.lr=-1
-model.lr=0
 model.lr=inf
 model.lr=fast
 model.lr=null
