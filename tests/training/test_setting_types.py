@@ -70,7 +70,6 @@ def test_each_setting_refuses_values_of_other_types(settings):
         ("data.loader.batch_size", 0),
         ("data.loader.num_workers", -1),
         ("model.lr", -1),
-        ("model.lr", 0),
         ("model.wd", -0.1),
         ("model.network.width", 0),
         ("trainer.max_steps", 0),
