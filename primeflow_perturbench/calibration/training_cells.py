@@ -85,11 +85,11 @@ def learn(model: Any, statistics: TrainingStatistics) -> None:
         model.marginals = Marginals.fit(model.encoder, statistics.marginals)
     if isinstance(model.network, GaussianPreconditioning):
         model.network.set_statistics(*model.space.statistics(statistics.expression, cells))
-    optional = model.objective.source != "control" and model.sampler.control_start == "auto"
+    # Paths begin at controls of the same context; counterfactual sampling takes those of the nearest.
+    everywhere = model.objective.source == "control"
+    optional = not everywhere and model.sampler.control_start == "auto"
     if statistics.controls is not None and not (optional and statistics.controls.empty):
         encode = lambda x: model.space.encode(x.to(model.device))  # noqa: E731
-        # Paths begin at controls of the same context; counterfactual sampling takes those of the nearest.
-        everywhere = model.objective.source == "control"
         model.controls = ControlPool.fit(statistics.controls, encode, model.covariates, everywhere)
 
 

@@ -37,10 +37,8 @@ def lenders(obs: pd.DataFrame, columns: Mapping[str, Any]) -> dict[Group, Group]
     own = [group for group, rows in found.items() if control in rows]
 
     def split(group: Group) -> tuple[Group, np.ndarray]:
-        parts = list(zip(group, numeric, strict=True))
-        return tuple(v for v, number in parts if not number), np.array(
-            [v for v, number in parts if number], dtype=float
-        )
+        names = tuple(value for value, number in zip(group, numeric, strict=True) if not number)
+        return names, np.array([value for value, number in zip(group, numeric, strict=True) if number], dtype=float)
 
     result = {}
     for group in found:
@@ -67,17 +65,17 @@ def with_lent_controls(cells: ad.AnnData, columns: Mapping[str, Any]) -> ad.AnnD
 
 
 def unscorable(obs: pd.DataFrame, columns: Mapping[str, Any]) -> dict[tuple[Group, str], str]:
-    """Why conditions (group, label) among the cells cannot be scored; empty if all can."""
+    """What conditions (group, label) have too few of to be scored, "controls" or "cells"; empty if all can be."""
     control, lent, found = columns["perturbation_control_value"], lenders(obs, columns), rows_by_group(obs, columns)
-    reasons = {}
+    lacking = {}
     for group, rows in found.items():
         controls = len(found[lent.get(group, group)].get(control, ()))
         for label in set(rows) - {control}:
             if controls < LEAST:
-                reasons[group, label] = f"{controls} control cells"
+                lacking[group, label] = "controls"
             elif len(rows[label]) < LEAST:
-                reasons[group, label] = f"{len(rows[label])} cell"
-    return reasons
+                lacking[group, label] = "cells"
+    return lacking
 
 
 def without(cells: ad.AnnData, columns: Mapping[str, Any], left_out: Collection[tuple[Group, str]]) -> ad.AnnData:
@@ -104,8 +102,8 @@ def check_scorable(obs: pd.DataFrame, columns: Mapping[str, Any], split: str) ->
     split
         Name of the split in messages.
     """
-    reasons = unscorable(obs, columns)
-    groups = sorted({described(group) for (group, _), reason in reasons.items() if reason.endswith("control cells")})
+    lacking = unscorable(obs, columns)
+    groups = sorted({described(group) for (group, _), what in lacking.items() if what == "controls"})
     if groups:
         raise InputError(
             f"the {split} split has perturbed cells but fewer than {LEAST} control cells in "
@@ -114,7 +112,7 @@ def check_scorable(obs: pd.DataFrame, columns: Mapping[str, Any], split: str) ->
         )
     control = columns["perturbation_control_value"]
     conditions = [key for rows in rows_by_group(obs, columns).values() for key in rows if key != control]
-    if conditions and len(reasons) == len(conditions):
+    if conditions and len(lacking) == len(conditions):
         raise InputError(
             f"no condition of the {split} split has {LEAST} cells, so that none could be scored; hold out conditions "
             "with more cells, or set test=false"

@@ -94,17 +94,17 @@ def only_scorable(
 ) -> tuple[Mapping[str, ad.AnnData], ad.AnnData]:
     """Lend controls to groups without any, and leave out conditions that cannot be scored, with a warning."""
     measured = with_lent_controls(measured, columns)
-    reasons = unscorable(measured.obs, columns)
-    if not reasons:
+    left_out = unscorable(measured.obs, columns)
+    if not left_out:
         return models, measured
-    measured = without(measured, columns, reasons)
+    measured = without(measured, columns, left_out)
     hint = f"each needs {LEAST} cells or more, and as many control cells with the same covariates"
     if (measured.obs[columns["perturbation_key"]].astype(str) == columns["perturbation_control_value"]).all():
         raise InputError(f"no condition can be scored: {hint}")
-    names = sorted(f"{described(group)} {label}" for group, label in reasons)
+    names = sorted(f"{described(group)} {label}" for group, label in left_out)
     sentence = f"{counted(names, 'condition')} left out of the scores, {quoted(names)}: {hint}."
     console.print(flagged("warning", sentence))
-    return {name: without(cells, columns, reasons) for name, cells in models.items()}, measured
+    return {name: without(cells, columns, left_out) for name, cells in models.items()}, measured
 
 
 def score_run(cfg: DictConfig, adata: ad.AnnData, model: str, console: Console) -> pd.DataFrame:

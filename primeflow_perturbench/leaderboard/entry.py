@@ -15,7 +15,7 @@ from rich.console import Console
 from primeflow_perturbench.data.checks import check_anndata, check_columns, check_values, read_h5ad, require
 from primeflow_perturbench.errors import InputError, quoted
 from primeflow_perturbench.evaluation.references import REFERENCES
-from primeflow_perturbench.evaluation.score import named_pipelines, score_run
+from primeflow_perturbench.evaluation.score import data_columns, named_pipelines, score_run
 from primeflow_perturbench.files import read_yaml, write_json
 from primeflow_perturbench.perturbench.backend import load_embedded
 from primeflow_perturbench.training.provenance import (
@@ -83,9 +83,8 @@ def perturbench_entry(folder: Path, label: str | None = None, split: str | None 
             "give the folder of a tested run"
         )
     settings = OmegaConf.create(read_yaml(configs[0]))
-    columns = OmegaConf.select(settings, "data.data_iter_factory")
     target = OmegaConf.select(settings, "model._target_")
-    if columns is None or target is None:
+    if OmegaConf.select(settings, "data.data_iter_factory") is None or target is None:
         raise InputError(f"{configs[0]} lacks data.data_iter_factory or model._target_; give a run of PerturBench")
     named = [split, folder / SPLIT_FILE, OmegaConf.select(settings, "data.splitter.split_path")]
     found = next((Path(path) for path in named if path is not None and Path(path).is_file()), None)
@@ -97,12 +96,7 @@ def perturbench_entry(folder: Path, label: str | None = None, split: str | None 
         label or str(target).rpartition(".")[2],
         int(settings.get("seed") or 0),
         found,
-        {
-            "perturbation_key": columns.perturbation_key,
-            "covariate_keys": list(columns.get("covariate_keys") or ()),
-            "perturbation_control_value": columns.perturbation_control_value,
-            "perturbation_combination_delimiter": columns.get("perturbation_combination_delimiter"),
-        },
+        data_columns(settings),
     )
 
 

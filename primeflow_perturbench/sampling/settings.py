@@ -22,14 +22,13 @@ class SamplingSettings:
     guidance
         Strength w of classifier-free guidance (Ho and Salimans 2022); 1 is none.
     control_start
-        Counterfactual sampling: a time t in (0, 1) at which control cells of the context enter (of the nearest context,
-        if it has none). Their points
-        ``t x + (1 - t) noise`` are transported to noise by the flow of the control condition, and from there to data
-        by that of the requested condition (as in dual diffusion implicit bridges, Su et al. 2023), so that cells keep
-        what the flow does not model, such as the gene-gene structure of an unseen context. It doubles the network
-        evaluations and needs control cells, which training keeps if this is set. ``None`` (also written
-        ``"none"``) starts from noise;
-        ``"auto"`` decides between the two on held-out conditions, see `sampling.choice`.
+        Counterfactual sampling: a time t in (0, 1) at which control cells of the context enter, or of the nearest
+        context if it has none. Their points ``t x + (1 - t) noise`` are transported to noise by the flow of the control
+        condition, and from there to data by that of the requested condition (as in dual diffusion implicit bridges, Su
+        et al. 2023), so that cells keep what the flow does not model, such as the gene-gene structure of an unseen
+        context. It doubles the network evaluations and needs control cells, which training keeps if this is set.
+        ``None`` (also written ``"none"``) starts from noise; ``"auto"`` decides between the two on held-out conditions,
+        see `sampling.choice`.
     detection_limit
         Generated values below it become exactly 0: a number in log1p units, ``"learned"`` from the training cells, or
         ``None`` (also written ``"none"``) to keep all positive values.
